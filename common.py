@@ -1,0 +1,1620 @@
+"""What would corrupt results if two files disagreed: losses, metrics, seeds, process group, files, volumes, run log."""
+
+import argparse
+import collections
+import configparser
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from datetime import timedelta
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+from isal import igzip, isal_zlib
+from tqdm import tqdm
+
+# The 18 findings of CT-RATE in the official order (VLM3D challenge, Task 2).
+CT_RATE_LABELS = [
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+]
+
+
+class UserError(Exception):
+    """A mistake of the user or a bad file: printed as one line, exit code 2."""
+
+
+# ==== Losses ===================================================================================================
+
+
+def known(targets: torch.Tensor) -> torch.Tensor:
+    """Bool mask of the labels that are known: a NaN or negative (-1) target is unknown and never costs anything."""
+    return targets >= 0
+
+
+def bce_loss(logits, targets, weight=None, pos_weight=None, reduction="mean") -> torch.Tensor:
+    """Binary cross-entropy. logits, targets: (B, K); targets in [0, 1] or unknown -> scalar.
+
+    weight: (K,) multiplies both signs of a class; pos_weight: (K,) multiplies its positives only.
+    reduction: "mean" over the known entries (0 if there are none) or "sum", here and in the losses below.
+    """
+    logits, targets, mask = _known_float32(logits, targets)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, weight, pos_weight=pos_weight, reduction="none")
+    return _reduce(loss, mask, reduction)
+
+
+def focal_loss(logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=None, reduction="mean") -> torch.Tensor:
+    """alpha * (1 - p_t)^gamma * BCE (Lin et al. 2017, eq. 5). logits, targets: (B, K) -> scalar.
+
+    form: "constant" multiplies both signs by alpha; "balanced" is the paper's alpha_t (and torchvision's), alpha for
+    positives and 1 - alpha for negatives, or none where alpha < 0. weight: (K,) multiplies both signs of a class.
+    """
+    logits, targets, mask = _known_float32(logits, targets)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="none")
+    miss = targets * torch.sigmoid(-logits) + (1 - targets) * torch.sigmoid(logits)  # 1 - p_t, without cancellation
+    if form == "balanced":
+        alpha = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
+    elif form != "constant":
+        raise ValueError(f"focal_loss: form is 'constant' or 'balanced', not {form!r}")
+    return _reduce(alpha * _power(miss, gamma) * bce, mask, reduction)
+
+
+def asymmetric_loss(
+    logits, targets, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_weight=True, reduction="mean"
+) -> torch.Tensor:
+    """ASL (Ridnik et al. 2021, eq. 7): focal loss with its own gamma for each sign. logits, targets: (B, K) -> scalar.
+
+    Negatives with p < clip cost nothing. detach_weight: no gradient through the focusing weight, the default of the
+    authors' AsymmetricLoss (their AsymmetricLossOptimized has False). They sum; take reduction="sum" to compare.
+    """
+    logits, targets, mask = _known_float32(logits, targets)
+    p = torch.sigmoid(logits)
+    shifted = (p - clip).clamp(min=0)
+    # The authors clamp log(p) at 1e-8: no gradient for a positive at logit -20, the one that needs it most.
+    log_not = torch.log1p(-shifted) if clip > 0 else F.logsigmoid(-logits)
+    weight_pos, weight_neg = _power(torch.sigmoid(-logits), gamma_pos), _power(shifted, gamma_neg)
+    if detach_weight:
+        weight_pos, weight_neg = weight_pos.detach(), weight_neg.detach()
+    loss = -targets * weight_pos * F.logsigmoid(logits) - (1 - targets) * weight_neg * log_not
+    return _reduce(loss, mask, reduction)
+
+
+def balanced_weights(targets, max_weight: float = 100.0) -> torch.Tensor:
+    """`pos_weight` (K,) float32 = negatives / positives among the known labels of the training split, (N, K).
+
+    Clamped to [1 / max_weight, max_weight]; 1 for a class without a positive or without a negative.
+    """
+    targets = torch.as_tensor(targets)
+    positives, negatives = (targets > 0.5).sum(0), (known(targets) & (targets <= 0.5)).sum(0)
+    ratio = (negatives / positives).clamp(1 / max_weight, max_weight)
+    return torch.where((positives > 0) & (negatives > 0), ratio, 1.0).float()
+
+
+def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """(b, E) of every rank -> (world * b, E) in rank order; x itself without a process group. b is the same everywhere.
+
+    The gradient of a row is the sum of what all ranks send back for it. With a plain all_gather the loss would have
+    the same value and the wrong gradient.
+    """
+    return _Gather.apply(x) if _rank_and_world()[1] > 1 else x
+
+
+def clip_loss(image_features, text_features, logit_scale) -> torch.Tensor:
+    """Symmetric InfoNCE over the batch of all ranks (Radford et al. 2021, figure 3) -> scalar.
+
+    image_features, text_features: (b, E) L2-normalised, row i of one belongs to row i of the other; logit_scale: scalar
+    tensor, the multiplier itself. Each rank scores its own rows against all columns, memory O(b * world * b): the mean
+    of the ranks' values is the global loss, the mean of their gradients (what DDP takes) is its gradient.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text, scale = _float32(image_features), _float32(text_features), _float32(logit_scale)
+        match = torch.arange(len(image), device=image.device) + _rank_and_world()[0] * len(image)
+        image_logits = scale * image @ gather_with_grad(text).T  # (b, world * b)
+        text_logits = scale * text @ gather_with_grad(image).T  # (b, world * b)
+        return (F.cross_entropy(image_logits, match) + F.cross_entropy(text_logits, match)) / 2
+
+
+def siglip_loss(image_features, text_features, logit_scale, logit_bias, block: int = 64) -> torch.Tensor:
+    """Sigmoid loss over all pairs of the global batch (Zhai et al. 2023, eq. 1) -> scalar.
+
+    Arguments and the meaning over ranks as in `clip_loss`; logit_bias: scalar tensor, added after scaling. The logits
+    exist only `block` rows at a time, in both directions; what is kept for backward is the features.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = _float32(image_features), gather_with_grad(_float32(text_features))
+        first = _rank_and_world()[0] * len(image)
+        return _SigmoidLoss.apply(image, text, _float32(logit_scale), _float32(logit_bias), first, block)
+
+
+def _float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _known_float32(logits, targets):
+    logits, mask = _float32(logits), known(targets)
+    return logits, torch.where(mask, targets, 0).to(logits.dtype), mask
+
+
+def _power(x: torch.Tensor, gamma: float) -> torch.Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny) ** gamma  # at 0 a gamma below 1 has an infinite slope
+
+
+def _reduce(loss, mask, reduction):
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
+    total = torch.where(mask, loss, 0).sum()
+    return total / mask.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def _rank_and_world() -> tuple[int, int]:
+    grouped = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_rank_and_world()[1])]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank, world = _rank_and_world()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use its own
+        dist.all_reduce(grad)
+        return grad.chunk(world)[rank]
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """image (b, E), text (N, E); the match of image row i is text row first + i. Autograd would keep b * N logits."""
+
+    @staticmethod
+    def forward(ctx, image, text, scale, bias, first, block):
+        ctx.save_for_backward(image, text, scale, bias)
+        ctx.first, ctx.block = first, block
+        loss = image.new_zeros(())
+        for start in range(0, len(image), block):
+            logits = scale * (image[start : start + block] @ text.T) + bias  # (block, N)
+            logits.diagonal(first + start).neg_()  # -z * logits, with z = +1 for the match and -1 for all others
+            loss -= F.logsigmoid(-logits).sum()
+        return loss / len(image)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        image, text, scale, bias = ctx.saved_tensors
+        grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
+        grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        with torch.autocast(image.device.type, enabled=False):
+            for start in range(0, len(image), ctx.block):
+                rows = image[start : start + ctx.block]
+                similarity = rows @ text.T  # (block, N)
+                logits = scale * similarity + bias
+                logits.diagonal(ctx.first + start).neg_()
+                slope = torch.sigmoid(logits)
+                slope.diagonal(ctx.first + start).neg_()  # d loss / d logits, times b
+                slope *= grad / len(image)
+                grad_image[start : start + ctx.block] = scale * (slope @ text)
+                grad_text += scale * (slope.T @ rows)
+                grad_scale += (slope * similarity).sum()
+                grad_bias += slope.sum()
+        return grad_image, grad_text, grad_scale, grad_bias, None, None
+
+
+# ==== Metrics ==================================================================================================
+
+# An undefined metric is NaN, never 0. A prediction is prob >= threshold. Precision, recall and F1 of 0 / 0 are 0.
+# Weights are (n, B): B weightings of the same n rows, such as bootstrap counts, are evaluated in one pass.
+
+
+def multilabel_metrics(targets, probs, class_names, thresholds=0.5, weights=None) -> dict[str, float]:
+    """All metrics of a multi-label classifier under flat names.
+
+    targets: (n, K) of 0, 1 or unknown (NaN or negative: left out); probs: (n, K) in [0, 1]; thresholds: scalar or (K,);
+    weights: (n,) or None. `macro_*` is the mean over the labels where the metric is defined (`n_defined_*` of them),
+    `micro_*` takes all known entries as one label; brier, log_loss and ece (15 bins) are means over labels; crg: see
+    `crg_score`; exact_match: share of rows whose known labels are all predicted right.
+    Raises ValueError on shapes that differ, targets that are not 0/1, probs that are not finite or outside [0, 1].
+    """
+    weights = np.ones(len(probs)) if weights is None else np.asarray(weights, np.float64)
+    arrays = _metric_arrays(targets, probs, class_names, thresholds, weights[:, None])
+    return {name: float(values[0]) for name, values in arrays.items()}
+
+
+def bootstrap_intervals(
+    targets, probs, class_names, thresholds=0.5, groups=None, n_resamples=1000, seed=0, level=0.95, counts=None
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap interval (low, high) of every metric of `multilabel_metrics`, under the same names.
+
+    groups: (n,) patient of each row: patients are drawn with replacement, not rows; None: rows. counts: (n, B) gives
+    the resamples instead. A resample where a metric is undefined is left out of that metric's percentiles (a macro
+    mean is undefined only if it is for all labels); an interval is (NaN, NaN) where that leaves nothing.
+    """
+    if counts is None:
+        counts = bootstrap_counts(np.arange(len(probs)) if groups is None else groups, n_resamples, seed)
+    intervals = {}
+    for name, values in _metric_arrays(targets, probs, class_names, thresholds, counts).items():
+        values = values[~np.isnan(values)]
+        bounds = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if len(values) else (np.nan, np.nan)
+        intervals[name] = (float(bounds[0]), float(bounds[1]))
+    return intervals
+
+
+def bootstrap_counts(groups, n_resamples: int, seed: int) -> np.ndarray:
+    """(n, B) float64: how often each row is in each of B resamples of whole groups (patients). groups: (n,)."""
+    names, inverse = np.unique(np.asarray(groups), return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(n_resamples, len(names)))
+    drawn += np.arange(n_resamples)[:, None] * len(names)
+    counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)  # (B, groups)
+    return np.ascontiguousarray(counts.T, np.float64)[inverse]
+
+
+def weighted_auroc(y, s, w) -> np.ndarray:
+    """Area under the ROC curve, ties counting half, for each column of w -> (B,); NaN without both classes.
+
+    y: (n,) 0/1; s: (n,) scores; w: (n, B) weights >= 0. Equal to scikit-learn's with sample_weight.
+    """
+    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), np.asarray(w, np.float64))[0]
+
+
+def weighted_average_precision(y, s, w) -> np.ndarray:
+    """Area under the precision-recall steps, arguments as in `weighted_auroc` -> (B,); NaN without a positive."""
+    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), np.asarray(w, np.float64))[1]
+
+
+def crg_score(targets, predictions) -> float:
+    """Clinically relevant gain of binary predictions, (n, K) over all labels together (VLM3D challenge, crg_score.py).
+
+    1 is perfect; 1/3 is what "always no" and "always yes" get. NaN if the known labels are all of one sign.
+    """
+    targets, predictions = np.asarray(targets, np.float64), np.asarray(predictions, bool)
+    y, negative = targets == 1, targets == 0
+    tp, fn, fp = (y & predictions).sum(), (y & ~predictions).sum(), (negative & predictions).sum()
+    return float(_crg(tp, fn, fp, negative.sum()))
+
+
+def f1_thresholds(targets, probs) -> np.ndarray:
+    """(K,) thresholds with the highest F1, to be fitted on validation data. targets, probs: (n, K).
+
+    Midway between the lowest score called positive and the next lower one (or 0), so that rounding of a score does
+    not flip it; the highest of equally good ones; 0.5 for a label without a known positive.
+    """
+    targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
+    best = np.full(probs.shape[1], 0.5)
+    for k in range(len(best)):
+        mask = targets[:, k] >= 0
+        scores, group = np.unique(-probs[mask, k], return_inverse=True)  # negated: falling scores
+        positives = np.cumsum(np.bincount(group, targets[mask, k]))
+        if len(scores) and positives[-1] > 0:
+            f1 = 2 * positives / (np.cumsum(np.bincount(group)) + positives[-1])
+            best[k] = -(scores + np.append(scores[1:], 0))[np.argmax(f1)] / 2
+    return best
+
+
+def calibration_bins(targets, probs, n_bins: int = 15) -> dict[str, np.ndarray]:
+    """Reliability table of the known entries: `count`, `mean_prob`, `frequency` of positives, each (n_bins,).
+
+    Equal-width bins (i / n_bins, (i + 1) / n_bins], 0 in the first. Means of an empty bin are NaN.
+    """
+    targets, probs = np.asarray(targets, np.float64).ravel(), np.asarray(probs, np.float64).ravel()
+    mask = targets >= 0
+    index = _bin_index(probs[mask], n_bins)
+    count, prob, positive = (np.bincount(index, x, n_bins) for x in (None, probs[mask], targets[mask]))
+    return {"count": count, "mean_prob": _ratio(prob, count), "frequency": _ratio(positive, count)}
+
+
+def expected_calibration_error(targets, probs, n_bins: int = 15) -> float:
+    """Mean distance of probability and frequency over the bins of `calibration_bins`, weighted by their counts."""
+    bins = calibration_bins(targets, probs, n_bins)
+    return float(_ratio(np.nansum(bins["count"] * abs(bins["mean_prob"] - bins["frequency"])), bins["count"].sum()))
+
+
+def brier_score(targets, probs) -> float:
+    """Mean squared difference of probability and label over the known entries; NaN if there are none."""
+    targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
+    mask = targets >= 0
+    return float(_ratio(_squared_error(mask, targets == 1, probs).sum(), mask.sum()))
+
+
+def log_loss(targets, probs) -> float:
+    """Mean negative log-likelihood (nats) of the known entries, probabilities kept 2e-16 away from 0 and 1."""
+    targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
+    mask = targets >= 0
+    return float(_ratio(_negative_log(mask, targets == 1, probs).sum(), mask.sum()))
+
+
+def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dict[str, np.ndarray]:
+    """Every metric for every column of w (n, B): {name: (B,)}. Sums over rows are matrix products, (K, n) @ (n, B)."""
+    targets, probs, thresholds = (np.asarray(x, np.float64) for x in (targets, probs, thresholds))
+    mask, y = targets >= 0, targets == 1
+    if targets.shape != probs.shape or targets.ndim != 2 or targets.shape[1] != len(class_names):
+        raise ValueError(f"targets {targets.shape} and probs {probs.shape} must be (n, {len(class_names)})")
+    if not (y | (targets == 0))[mask].all():
+        raise ValueError("known targets must be 0 or 1")
+    if not ((probs >= 0) & (probs <= 1)).all():
+        raise ValueError("probs must be finite and in [0, 1] (leave out rows without a score; logits need a sigmoid)")
+    predicted = probs >= thresholds
+
+    def total(x):
+        return x.T.astype(np.float64) @ w  # (K, B)
+
+    tp, fn = total(y & predicted), total(y & ~predicted)
+    fp, tn = total(mask & ~y & predicted), total(mask & ~y & ~predicted)
+    count = tp + fn + fp + tn
+    gap, index = np.where(mask, probs - y, 0), _bin_index(probs, n_bins)
+    bin_gaps = sum(abs(total(np.where(index == i, gap, 0))) for i in range(n_bins))
+    rows = [np.flatnonzero(column) for column in mask.T]
+    ranked = [_rank_metrics(y[r, k], probs[r, k], w, r) for k, r in enumerate(rows)]
+    per_label = {
+        "auroc": np.stack([auroc for auroc, _ in ranked]),
+        "auprc": np.stack([auprc for _, auprc in ranked]),
+        **_decision_metrics(tp, fn, fp, tn),
+        "brier": _ratio(total(_squared_error(mask, y, probs)), count),
+        "log_loss": _ratio(total(_negative_log(mask, y, probs)), count),
+        "ece": _ratio(bin_gaps, count),
+    }
+
+    out = {}
+    for name, values in per_label.items():
+        defined = ~np.isnan(values)
+        prefix = "" if name in ("brier", "log_loss", "ece") else "macro_"
+        out[prefix + name] = _ratio(np.where(defined, values, 0).sum(0), defined.sum(0))
+        if name in ("auroc", "auprc"):
+            out["n_defined_" + name] = defined.sum(0)
+    out["micro_auroc"], out["micro_auprc"] = _rank_metrics(y[mask], probs[mask], w, np.nonzero(mask)[0])
+    micro = _decision_metrics(tp.sum(0), fn.sum(0), fp.sum(0), tn.sum(0))
+    out |= {"micro_" + name: micro[name] for name in ("f1", "precision", "recall")}
+    out["crg"] = _crg(tp.sum(0), fn.sum(0), fp.sum(0), (fp + tn).sum(0))
+    some, right = mask.any(1), ((predicted == y) | ~mask).all(1)
+    out["exact_match"] = _ratio((some & right) @ w, some @ w)
+    per_label |= {"n": count, "positives": tp + fn}
+    for k, label in enumerate(class_names):
+        out |= {f"{label}_{name}": values[k] for name, values in per_label.items()}
+    return out
+
+
+def _rank_metrics(y, s, w, rows=None, chunk_bytes=2e6):
+    """Weighted AUROC and average precision, (B,) each. y, s: (m,); w: (n, B); rows: (m,) the row of w of each entry.
+
+    One sort serves all B. In falling order of score, with P and N the weights of positives and negatives so far, a
+    group of equal scores adds dP * (N below it + dN / 2) to the one and dP * P / (P + N) to the other; only groups
+    with a positive matter. The layout (m, B) makes the running sums additions of whole rows.
+    """
+    order = np.argsort(-s, kind="stable")
+    y, s, rows = y[order], s[order], order if rows is None else rows[order]
+    stops = np.flatnonzero(np.append(s[1:] != s[:-1], True)[: len(s)]) + 1  # end of each group of equal scores
+    starts = np.append(0, stops)[: len(stops)]
+    seen = np.append(0, np.cumsum(y))  # positives among the first i entries
+    held = seen[stops] > seen[starts]
+    starts, stops = starts[held], stops[held]
+
+    auroc, auprc = np.full((2, w.shape[1]), np.nan)
+    step = max(1, int(chunk_bytes / 8 / max(len(s), 1)))  # a chunk of columns that stays in the cache
+    for columns in (slice(i, i + step) for i in range(0, w.shape[1], step)):
+        part = w[:, columns]
+        both, positive = _running_sum(part, rows), _running_sum(part, rows[y])
+        p_stop, p_start = positive[seen[stops]], positive[seen[starts]]
+        n_stop, n_start = both[stops] - p_stop, both[starts] - p_start
+        gain, p, n = p_stop - p_start, positive[-1], both[-1] - positive[-1]
+        auroc[columns] = _ratio(np.einsum("gb,gb->b", gain, n - (n_stop + n_start) / 2), p * n)
+        precision = p_stop / np.maximum(p_stop + n_stop, np.finfo(float).tiny)
+        auprc[columns] = _ratio(np.einsum("gb,gb->b", gain, precision), p)
+    return auroc, auprc
+
+
+def _running_sum(w, rows):
+    """(len(rows) + 1, B): sums of the first 0, 1, 2 ... of the given rows."""
+    out = np.zeros((len(rows) + 1, w.shape[1]))
+    np.cumsum(w[rows], axis=0, out=out[1:])
+    return out
+
+
+def _decision_metrics(tp, fn, fp, tn) -> dict[str, np.ndarray]:
+    count = tp + fn + fp + tn
+    values = {
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn, 0.0),
+        "precision": _ratio(tp, tp + fp, 0.0),
+        "recall": _ratio(tp, tp + fn, 0.0),
+        "specificity": _ratio(tn, tn + fp),
+        "accuracy": _ratio(tp + tn, count),
+    }
+    return {name: np.where(count > 0, value, np.nan) for name, value in values.items()}
+
+
+def _crg(tp, fn, fp, negatives):
+    positives = tp + fn
+    gain = _ratio(negatives, 2 * positives) * (tp - fn) - fp
+    return _ratio(negatives / 2, negatives - gain)
+
+
+def _squared_error(mask, y, probs):
+    return np.where(mask, (probs - y) ** 2, 0)
+
+
+def _negative_log(mask, y, probs):
+    eps = np.finfo(np.float64).eps
+    return np.where(mask, -np.log(np.clip(np.where(y, probs, 1 - probs), eps, 1 - eps)), 0)
+
+
+def _bin_index(probs, n_bins):
+    return np.clip(np.searchsorted(np.arange(n_bins + 1) / n_bins, probs) - 1, 0, n_bins - 1)
+
+
+def _ratio(a, b, empty=np.nan):
+    """a / b, and `empty` where b is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.asarray(b) == 0, empty, np.divide(a, b))
+
+
+# ==== Seeding ==================================================================================================
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, NumPy and torch from parts such as (seed, rank, step): no generator state need be saved."""
+    value = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value % 2**63)
+
+
+# ==== Process group ============================================================================================
+
+EVAL_THREADS = 2  # the last digits of a CPU matrix product depend on the thread count; torchrun would change it
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Facts about this process; `device` is where its tensors live, `cpu_group` carries small host messages."""
+
+    rank: int
+    world: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None = None
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one. A host message: it does not wait for the accelerator."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(value)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` summed over the ranks, in place, without gradient."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        self.any(False)
+
+
+def pick_device(requested: str = "auto", local_rank: int | None = None) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` or a bare GPU index -> device; `local_rank` is set under torchrun.
+
+    Without CUDA a request for it runs on the CPU with one warning; with CUDA, an index that does not exist, or any
+    explicit index under torchrun (which assigns one GPU to each process), raises UserError.
+    """
+    requested = f"cuda:{requested}" if requested.isdigit() else requested
+    if requested not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", requested):
+        raise UserError(f"device '{requested}' is not known (use auto, cpu, cuda, cuda:N or N)")
+    if requested == "cpu" or not torch.cuda.is_available():
+        if requested.startswith("cuda") and local_rank in (None, 0):
+            print(
+                f"warning: '{requested}' was asked for but CUDA is not available: running on the CPU", file=sys.stderr
+            )
+        return torch.device("cpu")
+    if local_rank is not None and ":" in requested:
+        raise UserError(f"device '{requested}' cannot be chosen under torchrun (each process takes its own GPU)")
+    index = int(requested.split(":")[1]) if ":" in requested else local_rank or 0
+    if index >= torch.cuda.device_count():
+        names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))
+        raise UserError(f"GPU {index} does not exist (there are {names})")
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def process_group(device: str = "auto", timeout_minutes: float = 30):
+    """Join the group that torchrun describes in the environment (or run alone), and leave it whatever happens."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = pick_device(device, int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None)
+    cpu_group = None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        yield Context(rank, world, chosen, cpu_group)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """Rows of every rank in the order of their sample index; the same tensor, on the CPU, on every rank.
+
+    rows: (n_local, ...), index: (n_local,) int64. Ranks may hold different numbers of rows; an index that comes
+    twice (padding of a last batch) is kept once.
+    """
+    rows, index = rows.cpu(), index.cpu()
+    if ctx.world > 1:
+        parts = [None] * ctx.world
+        dist.all_gather_object(parts, (index, rows), group=ctx.cpu_group)
+        index, rows = (torch.cat(x) for x in zip(*parts, strict=True))
+    order = np.unique(index.numpy(), return_index=True)[1]
+    return rows[torch.from_numpy(order)]
+
+
+@contextlib.contextmanager
+def eval_threads(device: torch.device):
+    """On the CPU, evaluate with a fixed number of threads, so that 1, 2 or 3 ranks give the same digits."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(EVAL_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_ranks(model: nn.Module, ctx: Context) -> None:
+    """Raise UserError with the first parameter whose gradient differs between ranks (--check-ranks).
+
+    DDP silently skips the all-reduce of a bucket in which one parameter got no gradient.
+    """
+    norms = {n: p.grad.norm().item() if p.grad is not None else -1.0 for n, p in model.named_parameters()}
+    everyone = [None] * ctx.world
+    if ctx.world > 1:
+        dist.all_gather_object(everyone, norms, group=ctx.cpu_group)
+        for name in norms:
+            values = [other[name] for other in everyone]
+            if min(values) != max(values) and not all(map(math.isnan, values)):
+                raise UserError(f"--check-ranks: the gradient of {name} differs between ranks: norms {values}")
+
+
+def set_deterministic(on: bool) -> None:
+    """Bit-exact kernels on CUDA. Call before the first use of the device."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not on
+
+
+class StopSignal:
+    """True once SIGTERM, SIGUSR1 or SIGINT has come. The handler only sets a flag: a collective inside it would hang.
+
+    A second signal acts at once, as if nobody listened.
+    """
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.name is not None
+
+
+def ignore_signals(worker_id: int = 0) -> None:
+    """For data workers (`worker_init_fn`): a signal to the whole job must not kill them while the run saves."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ==== Checkpoints and weight files =============================================================================
+
+CHECKPOINT_FORMAT = 1
+
+
+def write_atomic(path: Path, content) -> None:
+    """Write text, bytes, or whatever `content(file)` writes; a reader finds the old file or the new one, never half.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises UserError if the disk is full or the
+    folder is not writable; the old file is then intact and the temporary one gone.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a misleading RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else "the disk may be full"
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        raise UserError(
+            f"{path}: could not be written: {reason} ({free:.0f} MiB free; the old file is untouched)"
+        ) from e
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a dict of tensors and plain Python values, which `weights_only=True` always loads."""
+    write_atomic(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read one of our checkpoints to the CPU.
+
+    Raises UserError if it is missing, damaged, of another program, or holds anything but data (it is never unpickled
+    freely). torch.load does not notice a flipped byte; the CRC of the zip entries does.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged at entry {damaged} (use an older checkpoint)")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such checkpoint") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path}: refused, it holds more than data: {unsafe_globals(path)}") from e
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as e:
+        raise UserError(f"{path}: not a whole checkpoint (use an older one)") from e
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this toolkit (bare weights are given with --pretrained)")
+    return checkpoint
+
+
+def unsafe_globals(path: Path) -> str:
+    """What a refused torch file would have called on loading, and the way out, as one line."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a legacy or crafted file: the refusal stands, only its list is not to be had
+        names = []
+    return f"{', '.join(names) or 'objects'} (resave it as a plain state dict or .safetensors where you trust it)"
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` in one atomic step (a hard link, or a copy where links are missing)."""
+    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def save_last(path: Path, checkpoint: dict) -> None:
+    """Save the checkpoint a run continues from; the one before it stays as `*_previous`."""
+    if path.exists():
+        link_file(path, previous_of(path))
+    save_checkpoint(path, checkpoint)
+
+
+def previous_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_previous{path.suffix}")
+
+
+def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
+    """The checkpoint that `--resume` means, or None for a fresh start; `args` then takes over what it fixes.
+
+    `auto` is OUTPUT_DIR/last if there is one, or the one before if that is damaged. Raises UserError for a path that
+    does not exist, for a damaged file without predecessor, for a fresh start in a folder that holds a run, and if an
+    argument in `fixed` or the global batch is not what the run began with.
+    """
+    path = args.output_dir / last
+    if not args.resume:
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{args.output_dir}: holds a run (--resume auto continues it, --overwrite starts anew)")
+        return None
+    if args.resume != "auto":
+        saved = load_checkpoint(args.resume)
+    elif not path.exists() and not previous_of(path).exists():
+        return None
+    else:
+        try:
+            saved = load_checkpoint(path)
+        except UserError as e:
+            if not previous_of(path).exists():
+                raise
+            print(f"warning: {e}; continuing from {previous_of(path)}", file=sys.stderr)
+            saved = load_checkpoint(previous_of(path))
+    if "state" not in saved:
+        raise UserError(f"{args.resume}: holds a model but no run to continue (resume from {last})")
+    now, then = plain_args(args), saved["args"]
+    for name in fixed:
+        if now[name] is not None and now[name] != then[name]:
+            raise UserError(f"--{name.replace('_', '-')} is {now[name]} but the run has {then[name]} (use another run)")
+        setattr(args, name, then[name])
+    batch, batch_then = args.batch_size * args.accum_steps * world, saved["state"]["global_batch"]
+    if batch != batch_then:
+        raise UserError(f"the global batch is {batch} but the run has {batch_then} (change --accum-steps to match)")
+    free = {"resume", "output_dir", "batch_size", "accum_steps", "num_workers", "overwrite", "pretrained", "config"}
+    for name in now.keys() & then.keys() - free - set(fixed):
+        if now[name] != then[name]:
+            print(f"warning: --{name.replace('_', '-')} was {then[name]} and is now {now[name]}", file=sys.stderr)
+    return saved
+
+
+class TopK:
+    """The k best models of a run: {score, step, path} in `entries`, weights in CPU memory and in a file each.
+
+    A new entry is written the moment it enters; files that drop out are deleted by `prune`, which is called only after
+    the run's own checkpoint has forgotten them, so that a kill in between loses nothing.
+    """
+
+    def __init__(self, folder: Path, pattern: str, k: int, entries: list):
+        self.folder, self.pattern, self.k, self.entries = folder, pattern, k, entries
+        self.memory = {}
+        for entry in list(entries):
+            try:
+                self.memory[entry["path"]] = load_checkpoint(folder / entry["path"])
+            except UserError as e:  # after falling back to an older checkpoint, whose files may be gone
+                print(f"warning: {e}; it leaves the list of best models", file=sys.stderr)
+                entries.remove(entry)
+
+    def add(self, score: float, step: int, name: str, checkpoint: dict, master: bool) -> bool:
+        """Enter a model; an undefined (NaN) score ranks below every number. Returns whether it is the new best."""
+        entry = {"score": score, "step": step, "path": name}
+        ranked = [e for e in self.entries if e["path"] != name] + [entry]
+        ranked.sort(key=lambda e: (-math.inf if math.isnan(e["score"]) else e["score"], -e["step"]), reverse=True)
+        self.entries[:] = ranked[: self.k]
+        if entry in self.entries:
+            self.memory[name] = {k: to_cpu_copy(v) for k, v in checkpoint.items()}
+            if master:
+                save_checkpoint(self.folder / name, self.memory[name])
+        self.memory = {e["path"]: self.memory[e["path"]] for e in self.entries}
+        return self.entries[0] is entry
+
+    def prune(self) -> None:
+        for path in self.folder.glob(self.pattern):
+            if path.name not in self.memory:
+                path.unlink(missing_ok=True)
+
+
+def to_cpu_copy(value):
+    """Tensors anywhere in nested dicts, lists and tuples -> detached CPU copies."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: to_cpu_copy(v) for k, v in value.items()}
+    return type(value)(map(to_cpu_copy, value)) if isinstance(value, (list, tuple)) else value
+
+
+def load_weights(source: str) -> dict[str, torch.Tensor]:
+    """State dict of a weight file: .safetensors, torch (.bin .pt .pth .ckpt), .npz, a Hugging Face folder, or a hub id.
+
+    Wrappers (`state_dict`, `model_state_dict`, `model`) and the prefixes `module.` and `_orig_mod.` are taken off.
+    Never runs code: torch files load with weights_only, npz without pickles. Raises UserError on anything else.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.suffix:
+            return _load_folder(_download(source))
+        raise UserError(f"{source}: no such weight file (nor a hub id of the form owner/name)")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                state = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path}: refused, it holds more than weights: {unsafe_globals(path)}") from e
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as e:
+        raise UserError(f"{path}: not a readable weight file ({str(e).splitlines()[0]})") from e
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors (a state dict was expected)")
+    return {re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", k): v for k, v in tensors.items()}
+
+
+def _load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # one file, or the shards of one
+        files = sorted(folder.glob(pattern))
+        if files:
+            return {k: v for file in files for k, v in load_weights(str(file)).items()}
+    raise UserError(f"{folder}: holds neither model*.safetensors nor pytorch_model*.bin")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and needed only here
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
+    except Exception as e:  # whatever the hub client raises: no network, gated, no such id
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{hub_id}: could not be fetched from the hub: {reason} (give a local file instead)") from e
+
+
+def apply_weights(model: nn.Module, state: dict, source: str, optional=(), allow_partial=False, say=print) -> None:
+    """Copy `state` into `model` by name and print what happened to every tensor.
+
+    `optional`: prefixes of `model` that a weight file need not have (heads). Raises UserError if nothing matches, or if
+    a required tensor is missing or has another shape and `allow_partial` is not set.
+    """
+    own = model.state_dict()
+    loaded = [k for k in own if k in state and state[k].shape == own[k].shape]
+    reshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    required = [k for k in missing + reshaped if not k.startswith(tuple(optional))]
+    rows = {
+        "loaded": loaded,
+        "missing": missing,
+        "unexpected": [k for k in state if k not in own],
+        "reshaped": reshaped,
+    }
+    say(f"weights from {source}")
+    for name, keys in rows.items():
+        examples = ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
+        say(f"  {name:10s} {len(keys):5d}  {examples if name != 'loaded' else ''}".rstrip())
+    if not loaded:
+        raise UserError(f"{source}: no tensor fits this model (is it a file of another architecture?)")
+    if required and not allow_partial:
+        k = required[0]
+        found = f"has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" if k in state else "is missing"
+        raise UserError(
+            f"{source}: {len(required)} tensors do not fit, first {k} {found} (--allow-partial loads the rest)"
+        )
+    model.load_state_dict({k: state[k] for k in loaded}, strict=False)
+
+
+def save_weights(path: Path, state: dict) -> None:
+    """A bare state dict as .safetensors or a torch file, by the name."""
+    if Path(path).suffix == ".safetensors":
+        write_atomic(path, safetensors.torch.save({k: v.cpu().contiguous() for k, v in state.items()}))
+    else:
+        write_atomic(path, lambda file: torch.save(to_cpu_copy(state), file))
+
+
+def choose_thresholds(given: float | None, checkpoint: dict):
+    """(threshold or thresholds, where they come from): the flag, else the checkpoint's own, else 0.5."""
+    if given is not None:
+        return given, f"{given} (--threshold)"
+    if checkpoint.get("thresholds") is not None:
+        return np.array(checkpoint["thresholds"]), "per label, from the checkpoint (tuned on the validation split)"
+    return 0.5, "0.5 (default)"
+
+
+def prediction_table(ids, probs, class_names, thresholds) -> pd.DataFrame:
+    """id, then {label}_prob and {label}_pred of each label; both empty for a case that could not be read (NaN).
+
+    probs (n, K); thresholds a number or (K,); present means prob >= threshold.
+    """
+    present = pd.DataFrame(np.where(np.isnan(probs), 0, probs >= thresholds).astype(int)).astype("Int64")
+    columns = {"id": list(ids)}
+    for k, name in enumerate(class_names):
+        columns[f"{name}_prob"] = probs[:, k]
+        columns[f"{name}_pred"] = present[k].mask(np.isnan(probs[:, k]))
+    return pd.DataFrame(columns)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as text, one row a line; empty cells are ''. Raises UserError if it is missing, empty or not a CSV."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except (OSError, ValueError, pd.errors.ParserError) as e:  # UnicodeDecodeError and EmptyDataError are ValueErrors
+        raise UserError(f"{path}: not a readable CSV ({str(e).splitlines()[0]})") from e
+    if not len(table):
+        raise UserError(f"{path}: has no rows")
+    return table
+
+
+def need_columns(table: pd.DataFrame, columns, path: Path) -> None:
+    """Raise UserError that names the first missing column and the nearest one there is."""
+    for column in columns:
+        if column not in table.columns:
+            near = difflib.get_close_matches(column, list(table.columns), 1, 0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(map(str, table.columns[:6]))} ..."
+            raise UserError(f"{path}: column '{column}' is missing ({hint})")
+
+
+def label_array(table: pd.DataFrame, columns, path: Path) -> np.ndarray:
+    """Label columns -> (n, K) float32 of 0, 1 and NaN for unknown (empty or -1); else UserError with the row."""
+    need_columns(table, columns, path)
+    text = table[list(columns)].apply(lambda c: c.str.strip())
+    values = text.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
+    empty = text.isin(["", "nan", "NaN"]).to_numpy()
+    bad = ~(empty | np.isin(values, (0, 1, -1)))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise UserError(
+            f"{path}: row {row + 2}, column '{columns[column]}': '{text.iat[row, column]}' is no label "
+            "(0, 1, or empty for unknown)"
+        )
+    return np.where(values < 0, np.nan, values)
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV atomically; text cells that a spreadsheet would run as a formula get a leading quote."""
+    text = table.copy()
+    for column in text.columns:
+        if not pd.api.types.is_numeric_dtype(text[column]):
+            text[column] = [safe_cell(v) if isinstance(v, str) else v for v in text[column]]
+    text.columns = [safe_cell(str(c)) for c in text.columns]
+    write_atomic(path, text.to_csv(index=False))
+
+
+def safe_cell(text: str) -> str:
+    """Text that begins with = + - @ tab or CR gets a leading quote (CSV injection, OWASP); take it off to undo."""
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+# ==== CT volumes ===============================================================================================
+
+# Voxels that a file may hold, all channels counted. Headers are believed only up to here: a 1 MB file can claim 1 TB.
+MAX_VOXELS = int(float(os.environ.get("PLAINSCAN_MAX_VOXELS", 1e9)))
+MAX_CHANNELS = 16  # more than that in front is a volume stored in another axis order
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npz", ".npy")
+SPACING_COLUMNS = ("spacing_z", "spacing_y", "spacing_x")  # mm
+RESCALE_COLUMNS = ("RescaleSlope", "RescaleIntercept")
+AIR = -1000  # HU
+BODY_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}  # where a direction stands in the order S, P, L
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A CT in Hounsfield units.
+
+    array: (D, H, W) int16, by default increasing toward superior, posterior and left: slice 0 is the lowest, row 0 the
+    front, column 0 the patient's right (the order of a DICOM series or an ITK array); a memory map for a cached .npy.
+    spacing: millimetres along the same axes, None if the file does not say.
+    notes: what was found and decided on reading; those that need a look begin with 'warning: '.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, float, float] | None
+    notes: tuple[str, ...]
+
+
+def read_volume(
+    path: Path,
+    *,
+    layout: str = "CDHW",
+    value_range: str = "auto",
+    rescale: tuple[float, float] | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    orientation: str = "SPL",
+    max_voxels: int | None = None,
+) -> Volume:
+    """Read a CT volume; every format gives the same array for the same scan, bit for bit.
+
+    Formats: NIfTI-1 (.nii, .nii.gz), turned by its affine; .npz with key `image` (and `spacing`); .npy, memory-mapped
+    if it is the int16 of a cache. Of several channels the first is read.
+
+    layout: axes of .npz and .npy, with or without C. "CDHW": increasing toward S, P, L. "CHWD": depth last, increasing
+        toward R, A, S, as the preprocessing of the original SigLIP tool writes them (MONAI "RAS", (1, 256, 256, 192)).
+    value_range: "auto"; "unit" for 0-1, where HU = 2500 v - 1000; "hu" for HU already, `rescale` is then not applied;
+        "stored" for scanner values, `rescale` is then applied without question.
+    rescale: (RescaleSlope, RescaleIntercept) of the metadata. With "auto" it is applied once: not after a scaling in
+        the file's own header, nor if the values are HU already (CT-RATE v2 files beside v1 metadata: CT-CLIP issue 50).
+    spacing: (dz, dy, dx) mm, along S, P, L; instead of the file's.
+    orientation: directions of the axes of the result.
+    max_voxels: cap on what the header may claim, by default MAX_VOXELS; checked before memory is allocated.
+
+    Raises UserError, in one line, on a missing, damaged or foreign file, a shape or type that is no volume, NaN, or
+    values that are neither HU nor 0-1.
+    """
+    path, cap = Path(path), MAX_VOXELS if max_voxels is None else max_voxels
+    kind = next((s for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), None)
+    if kind is None:
+        raise UserError(f"{path}: not a volume by its name ({', '.join(VOLUME_SUFFIXES)} are read)")
+    scaling, notes = (1.0, 0.0), []
+    try:
+        if kind.startswith(".nii"):
+            array, axes, found, scaling = _read_nifti(path, cap, notes)
+        else:
+            array, found = _read_npz(path, cap) if kind == ".npz" else (_map_npy(path, cap), None)
+            array, axes = _first_channel(array, layout, notes)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except (
+        OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, RuntimeError, NotImplementedError,
+        zlib.error, zipfile.BadZipFile, isal_zlib.error, nib.spatialimages.HeaderDataError,
+    ) as e:  # fmt: skip
+        raise UserError(f"{path}: damaged or not what its name says: {' '.join(str(e).split())[:200]}") from e
+    if spacing and found and not np.allclose(spacing, found, rtol=0.01):
+        notes.append("warning: the file states another spacing than the metadata, which is used")
+    spacing = spacing or found
+    if spacing is not None:
+        if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+            raise UserError(f"{path}: spacing {tuple(spacing)} is not three millimetres above 0 in the order z, y, x")
+        spacing = tuple(round(float(spacing[BODY_AXIS[d]]), 6) for d in orientation)  # float32 and CSV: the same
+    array = _reorient(array, axes, orientation)
+    if not (kind == ".npy" and array.dtype == np.int16 and value_range != "unit" and rescale in (None, (1, 0))):
+        slope, intercept = _hu_scaling(path, array, value_range, rescale, scaling, notes)
+        array = _to_int16(array, slope, intercept)
+    return Volume(array, spacing, tuple(notes))
+
+
+def volume_options(row: dict) -> dict:
+    """What a CSV row knows about its volume -> the arguments `spacing` and `rescale` of `read_volume`, if it does."""
+    options = {}
+    for name, columns in (("spacing", SPACING_COLUMNS), ("rescale", RESCALE_COLUMNS)):
+        cells = [str(row.get(c, "")).strip() for c in columns]
+        if any(cells):
+            try:
+                options[name] = tuple(map(float, cells))
+            except ValueError as e:
+                raise UserError(f"{', '.join(columns)}: {cells} are not all numbers") from e
+    return options
+
+
+def group_of(series_id: str) -> str:
+    """The patient: 'train_1_a_2' (patient, scan, reconstruction; CT-RATE) -> 'train_1'; any other id is its own."""
+    match = re.fullmatch(r"([A-Za-z]+_\d+)_[A-Za-z]+_\d+(\.nii|\.nii\.gz|\.np[yz])?", series_id)
+    return match[1] if match else series_id
+
+
+def sample_volume(
+    array: np.ndarray,
+    spacing: tuple[float, float, float] | None,
+    num_slices: int,
+    image_size: int | tuple[int, int],
+    slice_spacing: float | None = None,
+    jitter: float = 0.0,
+) -> np.ndarray:
+    """(D, H, W) int16 HU -> (S, h, w) int16 HU; the identity if that is the size already. Reads only those slices.
+
+    Slices are the nearest ones to the middles of S equal parts of the depth, or to positions `slice_spacing` mm apart
+    around the middle, with air outside. `jitter` in [-0.5, 0.5) moves all of them by that part of a step.
+    In plane, air is padded to the aspect ratio of (h, w), then an antialiased bilinear resize.
+    """
+    depth, height, width = array.shape
+    h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
+    step = np.arange(num_slices) + 0.5 + jitter
+    if slice_spacing is None:
+        index = np.floor(step * depth / num_slices).astype(int)  # jitter never leaves the part
+    elif spacing is None:
+        raise UserError(
+            "slices a number of mm apart need the volume's spacing (columns spacing_z, spacing_y, spacing_x)"
+        )
+    else:
+        index = np.floor(depth / 2 + (step - num_slices / 2) * (slice_spacing / spacing[0])).astype(int)
+    inside = (index >= 0) & (index < depth)
+    slices = np.full((num_slices, height, width), AIR, np.int16)
+    slices[inside] = array[index[inside]]
+    if (height, width) == (h, w):
+        return slices
+    tall, wide = max(height, math.ceil(width * h / w)), max(width, math.ceil(height * w / h))
+    top, left = (tall - height) // 2, (wide - width) // 2
+    image = torch.from_numpy(slices)[:, None].float()  # (S, 1, H, W)
+    image = F.pad(image, (left, wide - width - left, top, tall - height - top), value=AIR)
+    image = F.interpolate(image, (h, w), mode="bilinear", antialias=True)
+    return image[:, 0].round().to(torch.int16).numpy()
+
+
+def _read_nifti(path: Path, cap: int, notes: list):
+    """-> array (X, Y, Z), the directions of its axes, spacing (S, P, L), (slope, intercept) of the header."""
+    with igzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        header = nib.Nifti1Header(file.read(348))
+        shape = header.get_data_shape()
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+        _check_claim(shape, dtype, cap, "(X, Y, Z)", (3,))
+        if header["magic"] != b"n+1" or not 348 <= offset <= 2**24:
+            raise ValueError("not a one-file NIfTI-1")
+        _read_exactly(file, offset - 348)
+        data = _read_exactly(file, math.prod(shape) * dtype.itemsize, last=True)
+    affine = header.get_best_affine()
+    axes = "".join(map(str, nib.aff2axcodes(affine)))
+    if len(axes) != 3 or not np.isfinite(affine).all():
+        raise ValueError("the affine of the header is singular")
+    if header["qform_code"] == 0 and header["sform_code"] == 0:
+        notes.append("warning: the header gives no orientation, so left and right are a guess")
+    notes.append(f"stored axes {axes}")
+    sizes = dict(zip((BODY_AXIS[a] for a in axes), nib.affines.voxel_sizes(affine).tolist(), strict=True))
+    slope, intercept = header.get_slope_inter()
+    scaling = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+    return np.ndarray(shape, dtype, data, order="F"), axes, (sizes[0], sizes[1], sizes[2]), scaling
+
+
+def _read_npz(path: Path, cap: int):
+    """-> array, spacing or None."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if "image.npy" not in names:
+            keys = ", ".join(n.removesuffix(".npy") for n in names[:5])
+            raise ValueError(f"key 'image' was expected, it has {keys or 'nothing'}")
+        arrays = []
+        for name in ("image.npy", "spacing.npy"):
+            if name in names:
+                with archive.open(name) as file:
+                    shape, fortran, dtype = _npy_header(file)
+                    if name == "image.npy":
+                        _check_claim(shape, dtype, cap, "(C, D, H, W) or (D, H, W)", (3, 4))
+                    elif shape != (3,) or dtype.kind not in "iuf":
+                        raise ValueError(f"'spacing' of shape {shape} and type {dtype}: three numbers were expected")
+                    data = _read_exactly(file, math.prod(shape) * dtype.itemsize, last=True)
+                    arrays.append(np.ndarray(shape, dtype, data, order="F" if fortran else "C"))
+    return arrays[0], tuple(arrays[1].tolist()) if len(arrays) > 1 else None
+
+
+def _map_npy(path: Path, cap: int) -> np.ndarray:
+    with path.open("rb") as file:
+        shape, fortran, dtype = _npy_header(file)
+        _check_claim(shape, dtype, cap, "(D, H, W) or (C, D, H, W)", (3, 4))
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def _npy_header(file):
+    """-> shape, Fortran order, dtype, of an array in NumPy's own format; nothing else is read, nothing unpickled."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array format {version} is not known")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _check_claim(shape, dtype, cap: int, wanted: str, dimensions) -> None:
+    if dtype.kind not in "iuf":
+        raise ValueError(f"values of type {dtype}: plain integers or floats were expected")
+    if len(shape) not in dimensions or min(shape) < 1:
+        raise ValueError(f"shape {tuple(shape)}: {wanted} was expected")
+    if math.prod(shape) > cap:
+        raise ValueError(
+            f"shape {tuple(shape)} has {math.prod(shape):.3g} voxels, over the cap of {cap:.3g} "
+            "(raise it by --max-voxels or PLAINSCAN_MAX_VOXELS)"
+        )
+
+
+def _read_exactly(file, size: int, last: bool = False) -> np.ndarray:
+    """`size` bytes of a stream, in pieces, so that a file cut short costs no more memory than it holds."""
+    data, position = np.empty(size, np.uint8), 0
+    while position < size:
+        piece = file.read(min(size - position, 2**22))
+        if not piece:
+            raise EOFError(f"it ends after {position} of {size} bytes")
+        data[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
+        position += len(piece)
+    if last:
+        file.read(1)  # gzip and zip compare their checksum only on reaching the end
+    return data
+
+
+def _first_channel(array: np.ndarray, layout: str, notes: list):
+    """-> (array of three axes, their directions)."""
+    if layout not in ("CDHW", "CHWD"):
+        raise UserError(f"layout '{layout}' is not known (CDHW or CHWD)")
+    if array.ndim == 4:
+        if array.shape[0] > MAX_CHANNELS:
+            raise ValueError(f"shape {array.shape}: (C, D, H, W) with C <= {MAX_CHANNELS} was expected: channel first")
+        if array.shape[0] > 1:
+            notes.append(f"channel 0 of {array.shape[0]}")
+        array = array[0]
+    if layout == "CDHW" and array.shape[0] == array.shape[1] != array.shape[2]:
+        notes.append("warning: the shape looks like depth last (--layout CHWD)")
+    return array, "SPL" if layout == "CDHW" else "RAS"
+
+
+def _reorient(array: np.ndarray, axes: str, target: str) -> np.ndarray:
+    """A view of `array` whose axes point along `target` instead of `axes` (three letters of S I, P A, L R each)."""
+    places = [BODY_AXIS[a] for a in axes]
+    order = [places.index(BODY_AXIS[t]) for t in target]
+    flips = tuple(slice(None, None, 1 if axes[i] == t else -1) for i, t in zip(order, target, strict=True))
+    return array.transpose(order)[flips]
+
+
+def _hu_scaling(path, array, value_range, rescale, scaling, notes) -> tuple[float, float]:
+    """Slope and intercept that make HU of what is stored; see `read_volume` for the rules."""
+    if value_range not in ("auto", "hu", "unit", "stored"):
+        raise UserError(f"value range '{value_range}' is not known (auto, hu, unit or stored)")
+    slope, intercept = scaling
+    if scaling != (1.0, 0.0):
+        notes.append(f"scaled by its header: slope {slope:g}, intercept {intercept:g}")
+    if array.dtype.kind == "f" or slope != round(slope):
+        ends = np.array([array.min(), array.max()], np.float64) * slope + intercept
+        if not np.isfinite(ends).all():
+            raise UserError(f"{path}: holds NaN or infinite values (the file is not usable)")
+        if value_range == "auto" and -0.01 <= ends[0] and ends[1] <= 1.01:
+            value_range = "unit"
+        if value_range == "auto" and abs(ends).max() < 10:
+            raise UserError(
+                f"{path}: values from {ends[0]:.3g} to {ends[1]:.3g} are neither HU nor 0-1 "
+                "(convert them, or insist with --value-range hu or unit)"
+            )
+    if value_range == "unit":
+        notes.append("values 0-1, HU = 2500 v - 1000")
+        return 2500 * slope, 2500 * intercept - 1000
+    sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * slope + intercept
+    if rescale not in (None, (1, 0)):
+        if value_range == "hu":
+            notes.append("RescaleSlope and RescaleIntercept not applied: the values are said to be HU")
+        elif value_range == "auto" and scaling != (1.0, 0.0):
+            notes.append("RescaleSlope and RescaleIntercept not applied after the header's scaling")
+        elif value_range == "auto" and _is_hu(sample) and not _is_ct(sample * rescale[0] + rescale[1]):
+            notes.append(f"warning: RescaleIntercept {rescale[1]:g} not applied, the values are HU already")
+        else:
+            notes.append(f"rescaled by slope {rescale[0]:g}, intercept {rescale[1]:g}")
+            slope, intercept = slope * rescale[0], intercept * rescale[0] + rescale[1]
+            sample = sample * rescale[0] + rescale[1]
+    values = _without_padding(sample)
+    low, high = np.percentile(values, (1, 99))
+    if low >= -10 and high > 600:
+        notes.append("warning: looks like stored values, not HU (give RescaleSlope and RescaleIntercept)")
+    elif not _is_ct(sample):
+        notes.append("warning: hardly anything is denser than air, or the zero is shifted")
+    return slope, intercept
+
+
+def _without_padding(sample: np.ndarray) -> np.ndarray:
+    """The sample without the constant that scanners put around a round field of view (-2000, -3024, -8192 HU)."""
+    rest = sample[sample > sample.min()]
+    padded = rest.size and sample.min() < -1100 and np.percentile(rest, 5) - sample.min() > 500
+    return rest if padded else sample.ravel()
+
+
+def _is_ct(sample: np.ndarray) -> bool:
+    """Could these be the HU of a chest: no great part far below air, and some tissue."""
+    low, high = np.percentile(_without_padding(sample), (30, 95))
+    return low > -1500 and high > -300
+
+
+def _is_hu(sample: np.ndarray) -> bool:
+    """A chest with values well below 0: stored values begin at 0 (air), padding aside."""
+    return _is_ct(sample) and np.percentile(_without_padding(sample), 1) < -50
+
+
+def _to_int16(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """round(array * slope + intercept) as contiguous int16, clipped to its range; slice by slice to save memory."""
+    if array.dtype == np.int16 and (slope, intercept) == (1, 0):
+        return np.ascontiguousarray(array)
+    result = np.empty(array.shape, np.int16)
+    for target, source in zip(result, array, strict=True):
+        np.clip(np.rint(source * np.float64(slope) + intercept), -32768, 32767, out=target, casting="unsafe")
+    return result
+
+
+# ==== Run log ==================================================================================================
+
+
+class RunLog:
+    """Text, JSON lines, TensorBoard and wandb of a run, on rank 0; silent on the others, so calls need no `if`.
+
+    The JSON-lines file gets one record an evaluation and nothing that depends on the clock: after a resume, records
+    later than `step` are cut, and the file of a killed run ends equal to that of an uninterrupted one.
+    """
+
+    def __init__(self, folder: Path, ctx: Context, text_name: str, jsonl_name: str, step: int = 0):
+        self.master, self.writers = ctx.master, []
+        self.jsonl = folder / jsonl_name
+        self.logger = logging.getLogger(str(folder))
+        self.logger.handlers.clear()
+        self.logger.propagate = False
+        self.logger.setLevel(logging.INFO if ctx.master else logging.CRITICAL)
+        if not ctx.master:
+            return
+        self.lock = (folder / ".lock").open("a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
+        if self.jsonl.exists():
+            lines = self.jsonl.read_text().splitlines(keepends=True)
+            write_atomic(self.jsonl, "".join(line for line in lines if _step_of(line) <= step))
+        formatter = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+        for handler in (logging.FileHandler(folder / text_name), _TqdmHandler()):
+            handler.setFormatter(formatter)
+            self.logger.addHandler(handler)
+
+    def info(self, message: str) -> None:
+        self.logger.info(message)
+
+    def warning(self, message: str) -> None:
+        self.logger.warning(message)
+
+    def results(self, record: dict) -> None:
+        """Append one JSON line; NaN becomes null. `record` holds `step` and plain numbers."""
+        if self.master:
+            with self.jsonl.open("a") as file:
+                file.write(json.dumps(json_safe(record)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def add_tensorboard(self, folder: Path, purge_step: int = 0) -> None:
+        if self.master:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            writer = SummaryWriter(str(folder), purge_step=purge_step)
+            self.writers.append(lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()])
+
+    def add_wandb(self, args, default_project: str) -> None:
+        """Log to Weights & Biases if `--wandb-project`, `--wandb-mode` or a WANDB_ variable asks for it.
+
+        Uploaded are numbers and choices of `args` and the scalars, no path, no id, no host or program name. Without a
+        key or a network the run is logged offline (`wandb sync` sends it later); training never waits for wandb.
+        """
+        mode = args.wandb_mode or os.environ.get("WANDB_MODE")
+        asked = args.wandb_project or mode or any(os.environ.get(f"WANDB_{k}") for k in ("PROJECT", "API_KEY"))
+        if not self.master or not asked or mode == "disabled":
+            return
+        try:
+            import wandb
+
+            if mode != "offline" and not wandb.api.api_key:
+                mode = "offline"
+                self.warning("wandb: no API key (WANDB_API_KEY), logging offline")
+            config = {k: v for k, v in vars(args).items() if isinstance(v, (bool, int, float)) or k in WANDB_CHOICES}
+            run = wandb.init(
+                project=args.wandb_project or os.environ.get("WANDB_PROJECT") or default_project,
+                config=config,
+                mode=mode or "online",
+                id=hashlib.sha256(str(args.output_dir.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on
+                resume="allow",
+                dir=str(args.output_dir),
+                settings=wandb.Settings(
+                    console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True,
+                    host="", program="", silent=True, init_timeout=30,
+                ),
+            )  # fmt: skip
+            self.writers.append(lambda step, values: run.log(values, step=step))
+        except Exception as e:  # whatever wandb raises must not end a training
+            self.warning(f"wandb: not logging ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Numbers for the plots: {'train/loss': 0.1, ...}; undefined ones are left out."""
+        values = {k: float(v) for k, v in values.items() if math.isfinite(v)}
+        for write in self.writers:
+            write(step, values)
+
+
+WANDB_CHOICES = {"arch", "loss", "optimizer", "scheduler", "amp", "monitor", "channels"}  # text that is no path
+
+
+class _TqdmHandler(logging.Handler):
+    """Console lines that do not tear the progress bar."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # half a line of a killed run
+        return math.inf
+
+
+def json_safe(value):
+    """Nested plain values with NaN and infinities as None, NumPy and torch scalars as numbers, paths as text."""
+    if isinstance(value, dict):
+        return {str(k): json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(v) for v in value]
+    if isinstance(value, (np.generic, torch.Tensor, np.ndarray)):
+        return json_safe(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+class Progress:
+    """Time per step (moving average over 100 steps), the share of it spent waiting for data, and the log lines."""
+
+    def __init__(self, max_steps: int, steps_per_epoch: int, device: torch.device, flops_per_step: float = 0.0):
+        self.max_steps, self.steps_per_epoch, self.device = max_steps, steps_per_epoch, device
+        self.flops, self.start = flops_per_step, time.perf_counter()
+        self.last, self.times, self.waits = self.start, collections.deque(maxlen=100), collections.deque(maxlen=100)
+
+    def tick(self, wait: float) -> None:
+        """End of a step; `wait`: seconds spent waiting for its data."""
+        now = time.perf_counter()
+        self.times.append(now - self.last)
+        self.waits.append(wait)
+        self.last = now
+
+    def skip(self) -> None:
+        """What happened since the last tick (evaluation, saving) is no part of a step."""
+        self.last = time.perf_counter()
+
+    def lines(self, step: int, loss: float, lr: float) -> list[str]:
+        """Two lines: where the run stands, and how well it uses the machine."""
+        per_step = sum(self.times) / max(1, len(self.times))
+        left, spent = per_step * (self.max_steps - step), time.perf_counter() - self.start
+        line = (
+            f"Step {step}/{self.max_steps} (Epoch {step / self.steps_per_epoch:.1f}) | Loss: {loss:.4f} | LR: {lr:.1e}"
+            f" | Time/Step: {per_step:.2f}s | ETA: {clock(left)} | Elapsed: {clock(spent)}"
+        )
+        waited = 100 * sum(self.waits) / max(1e-9, sum(self.times))
+        usage = f"Data wait: {waited:.0f}% | Peak memory: {peak_memory():.2f} GiB"
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if peak and self.flops:
+            usage += f" | MFU: {100 * self.flops / per_step / peak:.1f}%"
+        return [line, usage]
+
+
+PEAK_FLOPS = {  # dense bf16 FLOP/s of one card, from the vendors' data sheets
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A10G": 70e12,
+}
+
+
+def peak_memory() -> float:
+    """Highest memory so far in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def clock(seconds: float) -> str:
+    """5732 -> '1h 35m 32s'."""
+    minutes, s = divmod(int(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}h {m}m {s}s" if h else f"{m}m {s}s" if m else f"{s}s"
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """Parse `argv`, with defaults from the YAML or INI file of `--config`: the command line wins.
+
+    Keys are flag names, with - or _; sections of an INI file and nested YAML maps only group them. An unknown key, or a
+    value the flag would refuse, raises UserError.
+    """
+    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    probe.add_argument("--config")
+    path = probe.parse_known_args(argv)[0].config
+    if path is None:
+        return parser.parse_args(argv)
+    flags = {o.lstrip("-").replace("-", "_"): action for action in parser._actions for o in action.option_strings}
+    words = []
+    for key, value in _read_config(Path(path)):
+        action = flags.get(key.replace("-", "_"))
+        if action is None:
+            near = difflib.get_close_matches(key.replace("-", "_"), flags, 1, 0.5)
+            raise UserError(f"{path}: unknown key '{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        words += _as_words(action, value)
+    return parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
+
+
+def _read_config(path: Path) -> list[tuple[str, object]]:
+    """Leaves of a YAML or INI file in order."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ini":
+            ini = configparser.ConfigParser(interpolation=None)
+            ini.read_string(text)
+            return [(k, v) for section in ini.sections() for k, v in ini[section].items()]
+        tree = yaml.safe_load(text) or {}
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    except (yaml.YAMLError, configparser.Error, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not a readable config ({str(e).splitlines()[0]})") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a map of keys and values was expected")
+
+    def leaves(node):
+        for key, value in node.items():
+            yield from leaves(value) if isinstance(value, dict) else [(str(key), value)]
+
+    return list(leaves(tree))
+
+
+def _as_words(action: argparse.Action, value) -> list[str]:
+    """A config value as the command-line words of its flag."""
+    flag = action.option_strings[0]
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        on = str(value).strip().lower() in ("true", "yes", "on", "1")
+        off = "--no-" + flag.lstrip("-")
+        return [flag] if on else [off] if off in action.option_strings else []
+    if value is None or str(value).strip() == "":
+        return []
+    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+
+
+def note_bad_samples(args, state: dict, micro_batches, dataset, ctx: Context) -> None:
+    """With --on-bad-sample skip: list unreadable training samples in bad_samples.csv; too many end the run."""
+    found = [int(i) for b in micro_batches for i in b["index"][b["bad"] > 0]]
+    everyone = [found] * ctx.world
+    if ctx.world > 1:
+        dist.all_gather_object(everyone, found, group=ctx.cpu_group)
+    new = {i for part in everyone for i in part} - set(state["bad_samples"])
+    if not new:
+        return
+    state["bad_samples"] = sorted(new.union(state["bad_samples"]))
+    if ctx.master:
+        rows = [(dataset.ids[i], str(dataset.paths[i])) for i in state["bad_samples"]]
+        write_csv(args.output_dir / "bad_samples.csv", pd.DataFrame(rows, columns=["id", "path"]))
+    if len(state["bad_samples"]) > args.max_bad_fraction * len(dataset):
+        raise UserError(
+            f"{len(state['bad_samples'])} of {len(dataset)} training samples are unreadable, see bad_samples.csv "
+            "(--max-bad-fraction)"
+        )
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """`args` as plain values for a checkpoint; paths become text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def run_main(main) -> int:
+    """Run `main()` and return its exit code: 0 done, 2 user's mistake (one line on stderr), 3 and 143 as it returns."""
+    try:
+        return main() or 0
+    except UserError as e:
+        text = str(e).strip().splitlines()[-1]  # an error raised in a data worker arrives with the worker's traceback
+        print(f"error: {text.removeprefix('common.UserError: ')}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:
+        print(
+            f"error: out of GPU memory ({str(e).splitlines()[0]}) "
+            "(halve --batch-size and double --accum-steps: the effective batch stays; or --grad-checkpointing)",
+            file=sys.stderr,
+        )
+        return 1

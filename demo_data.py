@@ -1,0 +1,459 @@
+"""Synthetic data in the real file formats, so that every command of the README runs with no data at hand.
+
+    python demo_data.py ct --out demo --n 500        # chest CT with the 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv
+
+Every volume is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are stylised;
+they test code and teach formats, they say nothing about patients.
+"""
+
+import argparse
+import gzip
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+
+import nibabel
+import numpy as np
+import pandas as pd
+
+from common import CT_RATE_LABELS, UserError
+
+# Prevalence of each finding in CT-RATE valid, in the order of CT_RATE_LABELS.
+PREVALENCE = (
+    [0.103, 0.285, 0.107, 0.074, 0.252, 0.137, 0.260, 0.197, 0.235]  # Medical material ... Atelectasis
+    + [0.448, 0.390, 0.273, 0.124, 0.083, 0.117, 0.191, 0.109, 0.082]  # Lung nodule ... Interlobular septal thickening
+)
+AGEING = {1, 2, 4, 5, 7, 11}  # findings that come together: calcification, big heart, hernia, emphysema, scars
+ACUTE = {3, 6, 8, 10, 12, 15}  # effusions, nodes, atelectasis, opacity, consolidation
+AIR, FAT, WATER, SOFT = -1000, -95, 8, 45  # HU
+
+
+# ==== Chest CT: canvas ==========================================================================================
+
+
+class Canvas:
+    """A CT volume being painted, in mm of a standard patient: z upward from the liver, y to the back, x to the left.
+
+    hu: (D, H, W) float32; z (D, 1, 1), y (1, H, 1), x (1, 1, W) voxel centres; px, dz: voxel size in plane and along z.
+    """
+
+    def __init__(self, z, y, x):
+        self.axes = [np.asarray(a, np.float32) for a in (z, y, x)]
+        self.z, self.y, self.x = (a.reshape(s) for a, s in zip(self.axes, ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True))
+        self.dz, self.px = float(z[1] - z[0]), float(x[1] - x[0])
+        self.hu = np.full((len(z), len(y), len(x)), AIR, np.float32)
+        self.lung = np.ones_like(self.hu)
+
+    def edge(self, distance, soft=0.0):
+        """Coverage 0-1 of a voxel from the signed distance (mm, negative inside) to a border `soft` mm wide."""
+        return np.clip(0.5 - distance / (self.px + soft), 0, 1)
+
+    def paint(self, cover, hu, box=...):
+        """Mix `hu` into the box by the coverage."""
+        self.hu[box] += cover * (hu - self.hu[box])
+
+    def box(self, low, high):
+        """Slices and their open coordinate grid that hold the points between two corners (z, y, x)."""
+        cut = [slice(*np.searchsorted(a, (lo, hi))) for a, lo, hi in zip(self.axes, low, high, strict=True)]
+        z, y, x = (a[c] for a, c in zip(self.axes, cut, strict=True))
+        return tuple(cut), z[:, None, None], y[:, None], x
+
+    def ellipsoid(self, centre, radii, hu, soft=0.0, in_lung=False, turn=0.0, weight=1.0):
+        """Paint an ellipsoid (z, y, x), turned by `turn` rad about z; thick slices: seen in one slice at least."""
+        centre, radii = np.asarray(centre, float), np.broadcast_to(np.asarray(radii, float), 3)
+        reach = np.array([radii[0], *([radii[1:].max()] * 2)]) + self.px + soft
+        reach[0] += self.dz / 2
+        box, z, y, x = self.box(centre - reach, centre + reach)
+        z = np.maximum(np.abs(z - centre[0]) - self.dz / 2, 0)
+        y, x = y - centre[1], x - centre[2]
+        if turn:
+            y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
+        f = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
+        cover = self.edge((f - 1) * radii.min(), soft) * (self.lung[box] if in_lung else 1)
+        self.paint(weight * cover, hu, box)
+
+    def tube(self, points, radii, hu, wall=0.0, wall_hu=0.0, in_lung=False):
+        """Paint a chain of capsules through points (z, y, x) with a radius each; `wall` mm of another density around."""
+        points = np.asarray(points, float)
+        radii = np.broadcast_to(np.asarray(radii, float), len(points))
+        for p, q, r, s in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
+            reach = max(r, s) + wall + self.px
+            box, z, y, x = self.box(np.minimum(p, q) - reach, np.maximum(p, q) + reach)
+            d = q - p
+            t = np.clip(((z - p[0]) * d[0] + (y - p[1]) * d[1] + (x - p[2]) * d[2]) / (d @ d), 0, 1)
+            off = (z - p[0] - t * d[0]) ** 2 + (y - p[1] - t * d[1]) ** 2 + (x - p[2] - t * d[2]) ** 2
+            distance = np.sqrt(off) - (r + t * (s - r))
+            mask = self.lung[box] if in_lung else 1
+            if wall:
+                self.paint(self.edge(distance - wall) * mask, wall_hu, box)
+            self.paint(self.edge(distance) * mask, hu, box)
+
+    def spot(self, rng, where):
+        """A random point (z, y, x) of the lung voxels for which `where` holds (of all lung voxels if none does)."""
+        inside = self.lung > 0.95
+        flat = np.flatnonzero(inside & where)
+        flat = flat if len(flat) else np.flatnonzero(inside)
+        index = np.unravel_index(flat[rng.integers(len(flat))], self.hu.shape)
+        return np.array([a[i] for a, i in zip(self.axes, index, strict=True)], float)
+
+    def waves(self, rng, wavelength, n):
+        """Sum of n random plane waves at the lung voxels, about unit variance: a smooth random pattern."""
+        zi, yi, xi = np.nonzero(self.lung > 0.02)
+        points = np.stack([a[i] for a, i in zip(self.axes, (zi, yi, xi), strict=True)], 1)  # (P, 3)
+        k = rng.normal(size=(3, n))
+        k *= 2 * np.pi / (wavelength * rng.uniform(0.8, 1.25, n) * np.linalg.norm(k, axis=0))
+        return (zi, yi, xi), points, np.cos(points @ k.astype(np.float32) + rng.uniform(0, 7, n)).sum(1) * (2 / n) ** 0.5
+
+
+# ==== Chest CT: anatomy =========================================================================================
+
+
+def draw_anatomy(c, rng, heart, effusion):
+    """Paint a patient without findings; `heart` scales its width, `effusion` is the fluid around it in mm.
+
+    Returns what the findings need: blood (HU), centre and radii of the heart, wall (mm inside the chest wall).
+    """
+    x, y, z, u = c.x, c.y, c.z, rng.uniform
+    fat, muscle = u(5, 30), u(9, 15)
+    blood = u(32, 50) if rng.random() < 0.7 else u(80, 190)  # most scans are without contrast
+    lung_hu, top = u(-880, -800), u(285, 300)
+    taper = np.sqrt(np.clip(1 - (np.maximum(z - 95, 0) / (top - 95)) ** 2, 1e-3, 1))
+    a, b = u(118, 130) * taper**0.85, u(80, 90) * taper**0.7  # half width and depth of the rib cage (D, 1, 1)
+    ring = np.sqrt((x / a) ** 2 + (y / b) ** 2)
+    wall = (1 - ring) * np.minimum(a, b)  # mm inside the chest wall
+    shoulder = 20 * np.clip((z - 200) / 80, 0, 1)
+    full_a, full_b = 146 + muscle - 10 + shoulder, 98 + muscle - 10 - shoulder / 2
+    body = np.sqrt((x / (full_a + fat)) ** 2.0 + (np.abs(y - 4) / (full_b + fat)) ** 2.0)
+
+    # ---- table, skin, fat, muscle
+    if rng.random() < 0.6:
+        bed = y - (full_b + fat + 9) + x**2 / 2500
+        c.paint(c.edge(np.abs(bed) - 2) * (np.abs(x) < 170), u(-500, -200))
+    c.paint(c.edge((body - 1) * 110), 20)
+    c.paint(c.edge((body - 1) * 110 + 3), FAT + u(-10, 10))
+    if rng.random() < 0.5:  # breasts
+        for side in (-1, 1):
+            c.ellipsoid((135, -full_b - fat * 0.6, 68 * side), (48, 22 + fat / 2, 42), FAT)
+            c.ellipsoid((135, -full_b - fat * 0.8, 68 * side), (22, 10 + fat / 4, 20), 20, soft=10)
+    inner = np.sqrt((x / full_a) ** 2 + ((y - 4) / full_b) ** 2)
+    c.paint(c.edge((inner - 1) * 100), 52)
+    gap = (inner - 1) * 100 + 6 + 5 * np.sin(np.arctan2(y, x) * 6)  # fat between the muscles
+    c.paint(c.edge(np.abs(gap) - 1.5) * 0.6, FAT)
+
+    # ---- bones: ribs fall from back to front, scapulae, clavicles, sternum, spine
+    shell = c.edge(np.abs(ring * np.minimum(a, b) - np.minimum(a, b) - 6) - 4)
+    phase = (z - 30 * (y / 86) + u(0, 27)) / 27 % 1
+    c.paint(shell * c.edge((np.abs(phase - 0.5) - 0.2) * 27) * (z < 262), u(300, 480))
+    for side in (-1, 1):
+        c.tube([(165, 86, 75 * side), (235, 96, 100 * side), (265, 70, 140 * side)], (4, 4, 9), 330)
+        c.tube([(248, -52, 18 * side), (262, -50, 70 * side), (272, -15, 135 * side)], 6, 380)
+        c.ellipsoid((275, 5, 160 * side), (24, 19, 19), 320)
+    front = np.interp(c.axes[0], c.axes[0], -b.ravel() - 7)
+    for level, edge_y in zip(c.axes[0], front, strict=True):
+        if 95 < level < 235:
+            c.ellipsoid((level, edge_y, 0), (c.dz / 2, 6, 17), u(150, 200))
+    c.tube([(-20, 66, 0), (320, 60, 0)], 19, 280)
+    disc = np.clip(np.cos(2 * np.pi * (z / 25 + u(0, 1))) * 2 - 1, 0, 1)  # discs between the vertebrae
+    c.paint(c.edge(np.sqrt((y - 63) ** 2 + x**2) - 15) * (0.5 + 0.5 * disc), u(90, 190))
+    c.tube([(-20, 91, 0), (320, 86, 0)], 8, 25)  # spinal canal
+    for k in range(-1, 12):
+        zk = 25 * k + u(8, 18)
+        c.tube([(zk, 100, 0), (zk - 12, 118, 0)], 4, 350)
+        for side in (-1, 1):
+            c.tube([(zk, 84, 12 * side), (zk, 92, 36 * side)], 5, 330)
+
+    # ---- cavity: mediastinal fat, abdomen under two domes, heart in its fat
+    c.paint(c.edge(-wall), FAT)
+    dome = [u(70, 88), u(56, 74)]  # right, left
+    height = 4 + np.maximum(
+        dome[0] * (1 - ((x + 62) / 105) ** 2 - ((y + 5) / 120) ** 2), dome[1] * (1 - ((x - 64) / 105) ** 2 - (y / 120) ** 2)
+    )
+    under, cavity = c.edge(z - height), c.edge(-wall)
+    c.paint(under * cavity * c.edge(x - 35 + 0.25 * z, 4), u(48, 65))  # liver
+    c.paint(under * cavity * c.edge(35 - 0.25 * z - x, 4), FAT)
+    c.ellipsoid((dome[1] - 50, 40, 78), (42, 32, 26), u(42, 55))  # spleen
+    c.ellipsoid((dome[1] - 48, -12, 62), (40, 38, 34), 25)  # stomach with gas in front
+    c.ellipsoid((dome[1] - 45, -32, 62), (30, 16, 24), AIR + 50)
+    centre, turn = np.array([104.0, -20, 16 + 18 * (heart - 1)]), -0.5
+    radii = np.array([44 + 12 * (heart - 1), 36 * heart**0.7, 50 * heart]) * u(0.94, 1.04)
+    yy, xx = y - centre[1], x - centre[2]
+    yy, xx = np.cos(turn) * yy - np.sin(turn) * xx, np.sin(turn) * yy + np.cos(turn) * xx
+    far = (np.sqrt(((z - centre[0]) / radii[0]) ** 2 + (yy / radii[1]) ** 2 + (xx / radii[2]) ** 2) - 1) * radii[1]
+    pad = u(5, 12)  # epicardial fat
+    c.paint(c.edge(far - pad - effusion) * cavity, FAT)
+    if effusion:
+        c.paint(c.edge(far - pad - effusion + 1) * c.edge(pad * 0.5 - far) * cavity, WATER + 6)
+    c.paint(c.edge(far), 48)
+
+    # ---- lungs: what is left of the cavity above the domes
+    middle = 20 + 14 * np.clip((y + 10) / 40, 0, 1) - 16 * np.clip((-y - 45) / 30, 0, 1)  # half width of the mediastinum
+    middle = middle + 8 * np.exp(-(((z - 165) / 30) ** 2)) * np.exp(-((y / 30) ** 2))
+    c.lung = c.edge(3 - wall) * c.edge(height - z) * c.edge(middle - np.abs(x), 2) * c.edge(pad + effusion - far)
+    c.lung = c.lung * c.edge(26 - np.hypot(x, y - 64)) * c.edge(17 - np.hypot(x - 24, y - 44))
+    c.paint(c.lung, lung_hu + u(0, 70) * (y / 80))
+
+    # ---- chambers, great vessels, airways, oesophagus
+    for dz, dy, dx, r, part in ((-6, -2, 24, 20, 1.0), (2, -16, -8, 20, 0.95), (10, 16, 2, 19, 1.0), (4, 2, -34, 17, 0.9)):
+        at = centre + np.array([dz, dy, dx * heart])
+        c.ellipsoid(at, np.array([1.3, 0.9, 1.1]) * r * heart**0.6, blood * part, turn=turn)
+    r = u(11.5, 15)
+    c.tube([(130, -14, -4), (175, -22, -12), (205, -14, -8), (214, 6, 4), (206, 32, 18), (190, 44, 24), (-20, 46, 20)], r, blood)
+    c.tube([(128, -8, -30), (235, -14, -26)], 8, blood)  # superior vena cava
+    c.tube([(140, -32, 10), (165, -14, 18), (166, 6, 22), (162, 14, 46)], (13, 12, 11, 8), blood)
+    c.tube([(165, -8, 16), (163, 2, -20), (160, 8, -46)], (11, 10, 8), blood)
+    for end in ((295, -6, -30), (295, 0, 16), (295, 14, 26)):
+        c.tube([(212, -2 + end[1] / 2, end[2] / 3), end], 5, blood)
+    c.tube([(295, 40, 4), (186, 38, 4), (80, 40, 8), (30, 34, 16)], 7, 36)
+    c.tube([(295, 40, 4), (186, 38, 4)], 2, -300)
+    carina = (u(182, 190), 16, 0)
+    c.tube([(310, 8, 0), carina], u(7.5, 9.5), -990, wall=1.5, wall_hu=0)
+    bronchi = []
+    for side in (-1, 1):
+        hilum = (160, 16, 40 * side)
+        bronchi.append([carina, hilum, (128, 26, 52 * side), (96, 38, 62 * side)])
+        bronchi.append([hilum, (192, 6, 58 * side), (214, 2, 66 * side)])
+        bronchi.append([(150, 18, 43 * side), (136, -14, 66 * side), (126, -34, 78 * side)])
+        tree(c, rng, np.array(hilum, float), side, blood)
+    for line in bronchi:
+        c.tube(line, (6.5, 5.0, 3.6, 2.6)[: len(line)], -970, wall=1.0, wall_hu=-250)
+    return {"blood": blood, "centre": centre, "radii": radii, "turn": turn, "wall": wall, "height": height,
+            "bronchi": bronchi, "front": front, "aorta": r, "outside": full_b + fat}  # fmt: skip
+
+
+def tree(c, rng, hilum, side, blood):
+    """Paint the pulmonary vessels of one lung: branches from the hilum that fork twice."""
+    for angle in np.linspace(0, 2 * np.pi, 13)[:-1] + rng.uniform(-0.2, 0.2, 12):
+        out = np.array([1.1 * np.cos(angle), 0.75 * np.sin(angle), side * rng.uniform(0.5, 1.0)])
+        mid = hilum + out * rng.uniform(28, 42)
+        c.tube([hilum, mid], (4.2, 2.8), blood, in_lung=True)
+        for _ in range(2):
+            end = mid + (out + rng.normal(0, 0.35, 3)) * rng.uniform(28, 50)
+            c.tube([mid, end], (2.6, 1.2), blood, in_lung=True)
+
+
+# ==== Chest CT: the 18 findings, in the order of CT_RATE_LABELS ================================================
+
+
+def on_heart(a, direction):
+    """Point (z, y, x) of the heart's surface in a direction given in the heart's own axes."""
+    d = np.asarray(direction, float)
+    z, y, x = d / np.linalg.norm(d) * a["radii"]
+    cos, sin = np.cos(a["turn"]), np.sin(a["turn"])
+    return a["centre"] + (z, cos * y + sin * x, cos * x - sin * y)
+
+
+def medical_material(c, rng, a):
+    """A port with its catheter, a pacemaker with its lead, or sternal wires with a valve ring."""
+    kind, skin = rng.integers(3), np.interp(222, c.axes[0], a["front"]) - 13
+    cava = [(246, -42, -42), (236, -15, -27), (140, -8, -30)]
+    if kind == 0:
+        c.ellipsoid((222, skin, -74), (12, 7, 13), 2600)
+        c.tube([(222, skin, -74), *cava], 2.6, 2300)
+    elif kind == 1:
+        c.ellipsoid((222, skin, 80), (22, 8, 22), 3000)
+        c.tube([(222, skin, 80), (246, -42, 42), *cava[1:], on_heart(a, (-0.3, -0.3, 0.8))], 2.6, 2600)
+    else:
+        for z in np.arange(105, 235, c.dz):
+            y = np.interp(z, c.axes[0], a["front"])
+            c.tube([(z, y - 5, -9), (z, y - 7, 9)], 2.6, 2600)
+        for t in np.linspace(0, 2 * np.pi, 9):
+            p = a["centre"] + (10 * np.sin(t), 12 * np.cos(t) - 4, 14 * np.sin(t))
+            c.ellipsoid(p, 3.5, 2400)
+
+
+def arterial_calcification(c, rng, a):
+    """Plaques in the wall of the arch and of the descending aorta."""
+    for _ in range(rng.integers(6, 11)):
+        t, z = rng.uniform(0, 2 * np.pi), rng.uniform(40, 190)
+        at = np.array([z, 46 + a["aorta"] * np.sin(t), 22 + a["aorta"] * np.cos(t)])
+        c.tube([at, at + (rng.uniform(10, 30), 0, 0)], 2.6, rng.uniform(800, 1300))
+    for _ in range(rng.integers(2, 5)):
+        t, side = rng.uniform(0, 1), rng.choice([-1, 1])
+        at = np.array([208, -14 + 46 * t, -8 + 26 * t + side * a["aorta"] * 0.8])
+        c.tube([at, at + (0, 8, 5)], 2.6, rng.uniform(800, 1300))
+
+
+def coronary_calcification(c, rng, a):
+    """Bright segments along the anterior descending artery, often along the other two."""
+    lines = [((0.8, -0.8, 0.0), (-0.4, -0.9, 0.6)), ((0.5, -0.5, -0.8), (-0.5, -0.6, -0.8)), ((0.6, 0.2, 0.6), (-0.3, 0.4, 0.9))]
+    for start, end in lines[:1] + [line for line in lines[1:] if rng.random() < 0.5]:
+        for t in np.sort(rng.uniform(0, 0.85, 4)):
+            ends = [on_heart(a, np.array(start) * (1 - s) + np.array(end) * s) for s in (t, t + 0.15)]
+            c.tube(ends, 2.8, rng.uniform(700, 1200))
+
+
+def hiatal_hernia(c, rng, a):
+    """Stomach above the diaphragm, behind the heart in the midline, with gas in front of its fluid."""
+    at = np.array([rng.uniform(84, 98), 30, rng.uniform(-6, 6)])
+    radii = np.array([rng.uniform(24, 36), rng.uniform(16, 20), rng.uniform(20, 30)])
+    c.ellipsoid(at, radii, 35)
+    c.ellipsoid(at - (0, radii[1] * 0.3, 0), radii * (0.75, 0.5, 0.75), -900)
+
+
+def lymphadenopathy(c, rng, a):
+    """Four to seven enlarged nodes in the mediastinal fat and at the hila."""
+    stations = [(206, 6, -20), (196, -34, 8), (186, 14, 22), (164, 26, -4), (158, 12, -46), (156, 12, 50), (222, -6, -18), (216, -22, 4)]
+    for k in rng.permutation(len(stations))[: rng.integers(4, 8)]:
+        c.ellipsoid(stations[k] + rng.normal(0, 2, 3), rng.uniform(7, 12, 3), rng.uniform(45, 70))
+
+
+def emphysema(c, rng, a):
+    """Dark holes without walls, mostly in the upper lungs."""
+    for _ in range(rng.integers(35, 70)):
+        at = c.spot(rng, c.z > rng.uniform(130, 200))
+        c.ellipsoid(at, rng.uniform(5, 10, 3), -1010, in_lung=True)
+
+
+def atelectasis(c, rng, a):
+    """Bands of airless lung above the diaphragm."""
+    for _ in range(rng.integers(2, 5)):
+        at = c.spot(rng, (c.z > 55) & (c.z < 125) & (a["wall"] > 12) & (c.y > -30))
+        c.ellipsoid(at, (16, 4.5, rng.uniform(28, 42)), 20, in_lung=True, turn=rng.uniform(-0.9, 0.9))
+
+
+def lung_nodule(c, rng, a):
+    """One to four round nodules."""
+    for _ in range(rng.integers(1, 5)):
+        at = c.spot(rng, (a["wall"] > 10) & (a["wall"] < 42) & (c.z > 60) & (c.z < 235))
+        c.ellipsoid(at, rng.uniform(5.5, 10), rng.uniform(20, 60), in_lung=True)
+
+
+def lung_opacity(c, rng, a):
+    """Hazy patches of ground glass through which the vessels show."""
+    for _ in range(rng.integers(3, 7)):
+        at = c.spot(rng, (a["wall"] < 45) & (c.z > 70) & (c.z < 230))
+        c.ellipsoid(at, rng.uniform(16, 30, 3), 0, soft=14, in_lung=True, weight=rng.uniform(0.35, 0.5))
+
+
+def fibrotic_sequela(c, rng, a):
+    """Scars at the apex: strands towards the pleura and a thickened apical cap."""
+    for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
+        here = c.x * side > 0
+        c.paint(c.lung * here * np.clip((c.z - 232) / 12, 0, 1) * c.edge(a["wall"] - 10, 3), 20)
+        for _ in range(rng.integers(2, 4)):
+            at = c.spot(rng, here & (c.z > 205) & (c.z < 262))
+            c.ellipsoid(at, rng.uniform(4, 7, 3), 20, in_lung=True)
+            for _ in range(4):
+                c.tube([at, at + rng.normal(0, 1, 3) * (10, 20, 20)], (3.0, 2.0), -20, in_lung=True)
+
+
+def pleural_effusion(c, rng, a):
+    """Fluid that lies at the back of the lower chest, thinner upward and forward."""
+    for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
+        top, thick = rng.uniform(130, 200), rng.uniform(22, 48)
+        depth = thick * np.clip((c.y + 35) / 80, 0, 1) * np.clip((top - c.z) / (top - 60), 0, 1) ** 0.7
+        cover = c.lung * (c.x * side > 0) * c.edge(a["wall"] - depth - 3) * (depth > 2)
+        c.paint(cover, rng.uniform(4, 18))
+        c.lung = c.lung * (1 - cover)
+
+
+def mosaic(c, rng, a):
+    """A patchwork of two lung densities with sharp borders."""
+    at, _, wave = c.waves(rng, rng.uniform(60, 85), 10)
+    c.hu[at] += c.lung[at] * np.clip(wave * 5, -1, 1) * rng.uniform(50, 75)
+
+
+def peribronchial(c, rng, a):
+    """Thick walls around the central bronchi."""
+    for line in a["bronchi"]:
+        c.tube(line, (6.5, 5.0, 4.0, 3.2)[: len(line)], -960, wall=rng.uniform(3.2, 4.5), wall_hu=30)
+
+
+def consolidation(c, rng, a):
+    """One or two solid patches of a lobe with air in the bronchi."""
+    for _ in range(rng.integers(1, 3)):
+        at = c.spot(rng, (c.z > 80) & (c.z < 190) & (a["wall"] > 8) & (a["wall"] < 40))
+        c.ellipsoid(at, rng.uniform(22, 34, 3), 35, soft=6, in_lung=True)
+        for _ in range(5):
+            c.tube([at, at + rng.normal(0, 1, 3) * (14, 16, 16)], (2.8, 2.0), -850, in_lung=True)
+
+
+def bronchiectasis(c, rng, a):
+    """Clusters of wide bronchi, seen as rings beside their vessel, low in the lungs."""
+    for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
+        middle = c.spot(rng, (c.x * side > 0) & (c.z > 75) & (c.z < 120) & (a["wall"] > 18) & (a["wall"] < 45))
+        for _ in range(rng.integers(6, 10)):
+            at, r = middle + rng.normal(0, 1, 3) * (12, 16, 16), rng.uniform(4.5, 7.5)
+            c.tube([at - (18, 4, 0), at + (18, -4, 0)], r, -980, wall=3.0, wall_hu=10, in_lung=True)
+            c.tube([at - (18, 4, r + 5), at + (18, -4, -r - 5)], 3, a["blood"], in_lung=True)
+
+
+def septal_thickening(c, rng, a):
+    """A network of lines under the pleura."""
+    at, points, wave = c.waves(rng, 60, 6)
+    cover = np.zeros(len(points), np.float32)
+    for t in rng.uniform(0, 0.6) + np.array([0, 1.05, 2.1]):
+        along = (points @ np.array([0.25, np.sin(t), np.cos(t)], np.float32) + 3 * wave) / 17
+        cover = np.maximum(cover, c.edge(np.abs(along - np.round(along)) * 17 - 1.2))
+    near = np.clip((34 - np.broadcast_to(a["wall"], c.hu.shape)[at]) / 8, 0, 1)
+    c.paint(cover * near * c.lung[at] * 0.7, 0, at)
+
+
+# Drawn from the pleura inward and from the haze to the hard structures, so that none hides another.
+PAINTED = [
+    ("Pleural effusion", pleural_effusion),
+    ("Mosaic attenuation pattern", mosaic),
+    ("Emphysema", emphysema),
+    ("Lung opacity", lung_opacity),
+    ("Interlobular septal thickening", septal_thickening),
+    ("Consolidation", consolidation),
+    ("Atelectasis", atelectasis),
+    ("Pulmonary fibrotic sequela", fibrotic_sequela),
+    ("Bronchiectasis", bronchiectasis),
+    ("Peribronchial thickening", peribronchial),
+    ("Lung nodule", lung_nodule),
+    ("Lymphadenopathy", lymphadenopathy),
+    ("Hiatal hernia", hiatal_hernia),
+    ("Arterial wall calcification", arterial_calcification),
+    ("Coronary artery wall calcification", coronary_calcification),
+    ("Medical material", medical_material),
+]
+
+
+def draw_labels(seed, index):
+    """(18,) int: findings of one patient with the prevalences of CT-RATE, correlated by two latent factors."""
+    rng = np.random.default_rng([seed, index, 0])
+    ageing, acute, own = rng.normal(), rng.normal(), rng.normal(size=18)
+    shared = np.array([ageing if k in AGEING else acute if k in ACUTE else own[k] for k in range(18)])
+    level = np.array([NormalDist().inv_cdf(1 - p) for p in PREVALENCE])
+    rho = np.array([0.25 if k in AGEING | ACUTE else 0.0 for k in range(18)])
+    return (np.sqrt(rho) * shared + np.sqrt(1 - rho) * own > level).astype(int)
+
+
+def draw_ct(seed, index, size=96, slices=24, labels=None):
+    """One chest CT: (image (D, H, W) int16 HU toward (Superior, Posterior, Left), spacing (3,) mm, labels (18,) int).
+
+    The patient, each finding and the noise have their own random numbers: with `labels` given, the same patient is drawn
+    with other findings.
+    """
+    labels = draw_labels(seed, index) if labels is None else np.asarray(labels)
+    has = dict(zip(CT_RATE_LABELS, labels, strict=True))
+    rngs = {name: np.random.default_rng([seed, index, 10 + k]) for k, name in enumerate(CT_RATE_LABELS)}
+    rng = np.random.default_rng([seed, index, 1])
+    scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, 3)  # this patient's mm in a standard mm (z, y, x)
+    fov, low, high = rng.uniform(355, 400), rng.uniform(-5, 12), rng.uniform(288, 300)
+    shift = rng.normal(0, 4, 2)
+    offsets = (np.arange(size) - (size - 1) / 2) * fov / size
+    c = Canvas(np.linspace(low, high, slices), (offsets + shift[0]) / scale[1] + 4, (offsets + shift[1]) / scale[2])
+    spacing = np.array([c.dz * scale[0], fov / size, fov / size], np.float32)
+
+    wide, fluid = rng.uniform(0.84, 1.0), 0.0
+    if has["Cardiomegaly"]:
+        wide = rngs["Cardiomegaly"].uniform(1.22, 1.42)
+    if has["Pericardial effusion"]:
+        fluid = rngs["Pericardial effusion"].uniform(9, 16)
+    anatomy = draw_anatomy(c, rng, wide, fluid)
+    for name, paint in PAINTED:
+        if has[name]:
+            paint(c, rngs[name], anatomy)
+
+    rng = np.random.default_rng([seed, index, 2])
+    noise = rng.normal(size=c.hu.shape).astype(np.float32)
+    grain = rng.uniform(0, 0.25)  # soft to sharp kernel
+    noise[:, 1:-1] += grain * (noise[:, 2:] + noise[:, :-2])
+    noise[:, :, 1:-1] += grain * (noise[:, :, 2:] + noise[:, :, :-2])
+    c.hu += noise * rng.uniform(8, 40)
+    return np.clip(np.rint(c.hu), -1024, 3071).astype(np.int16), spacing, labels

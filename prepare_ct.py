@@ -1,0 +1,597 @@
+"""Prepare chest CT volumes: NIfTI or npz files -> what the training scripts read, and a check of a data set.
+
+    python prepare_ct.py volumes --nifti-dir dataset/ --metadata metadata.csv --labels labels.csv --out npz/
+        A folder of .nii.gz (the CT-RATE tree or flat) -> one .npz a volume (`image` (1, D, H, W) int16 HU, `spacing`)
+        and npz/all_ct_wlabels.csv, the CSV that finetune_siglip.py reads.
+    python prepare_ct.py cache --csv npz/all_ct_wlabels.csv --out cache/ --num-slices 160 --image-size 224
+        The volumes of a CSV -> one int16 .npy a volume, which is memory-mapped in training, and cache/volumes.csv, the
+        same CSV pointing there. Without the two sizes the native grid is kept and sampled in training.
+    python prepare_ct.py check --csv npz/all_ct_wlabels.csv
+        Labels per split, shapes, spacings, orientations, suspicious intercepts, missing files, patients in two splits.
+
+Volumes are turned to increase toward superior, posterior, left, and the rescale slope and intercept of `--metadata`
+(CSV with VolumeName, RescaleSlope, RescaleIntercept, and, if they are to replace those of the files, XYSpacing and
+ZSpacing) are applied once. A killed run continues with the same command: volumes that are finished and whose source
+and settings are the same are kept (progress.jsonl). Paths in a CSV are absolute or relative to its folder.
+Exit codes: 0 done (`check`: perhaps with warnings), 2 bad input, 3 finished but volumes failed (bad_samples.csv), 143
+stopped by a signal.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from common import (
+    CT_RATE_LABELS,
+    MAX_VOXELS,
+    RESCALE_COLUMNS,
+    SPACING_COLUMNS,
+    VOLUME_SUFFIXES,
+    UserError,
+    group_of,
+    label_array,
+    need_columns,
+    read_table,
+    read_volume,
+    run_main,
+    sample_volume,
+    volume_options,
+    write_atomic,
+    write_csv,
+)
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+UNKNOWN = {"-1": "", "-1.0": "", "nan": "", "NaN": ""}  # other signs for an unknown label; we write an empty cell
+
+
+# ==== Arguments ================================================================================================
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], epilog="`prepare_ct.py COMMAND --help` lists the flags of a command."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("volumes", help="NIfTI files and a label CSV -> npz files and the training CSV")
+    add = command.add_argument
+    add("--nifti-dir", type=Path, required=True, help="folder searched for .nii.gz and .nii at any depth")
+    add("--labels", type=Path, help="CSV with VolumeName and the 18 labels: 0, 1, or empty for unknown")
+    add("--unlabelled", choices=["error", "keep"], default="error", help="a volume without a row in --labels: an error, "
+        "or kept with all labels unknown")  # fmt: skip
+    add("--split-column", help="column of --labels or --metadata with train, val or test (default: the names begin with "
+        "train_ or valid_)")  # fmt: skip
+    add("--compress", action=argparse.BooleanOptionalAction, default=True, help="deflate the npz files (half the size)")
+    add_reading(command)
+    add_output(command, "the npz files and all_ct_wlabels.csv")
+
+    command = commands.add_parser("cache", help="volumes of a CSV -> memory-mapped int16 .npy files and their CSV")
+    add = command.add_argument
+    add("--csv", type=Path, required=True, help="CSV with series_id, split, img_path and labels")
+    add("--num-slices", type=int, help="slices kept of a volume, evenly over its depth (with --image-size)")
+    add("--image-size", type=int, help="height and width of a slice in pixels (with --num-slices)")
+    add("--slice-spacing", type=float, help="mm between the kept slices, around the middle of the volume")
+    add_reading(command)
+    add_output(command, "the npy files and volumes.csv")
+
+    command = commands.add_parser("check", help="look for what would spoil a training: labels, files, values, splits")
+    add = command.add_argument
+    add("--csv", type=Path, required=True, help="CSV with series_id, split, img_path and labels")
+    add("--label-columns", nargs="+", help="label columns (default: those of CT-RATE that are there)")
+    add("--read", action=argparse.BooleanOptionalAction, default=True, help="read every volume, not only the CSV")
+    add_reading(command)
+    for command in commands.choices.values():
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    return parser.parse_args(argv)
+
+
+def add_reading(command) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = command.add_argument
+    add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept[, XYSpacing, ZSpacing]")
+    add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of .npz and .npy files: depth first (S, P, L), "
+        "or depth last (R, A, S) as the original SigLIP tool wrote them")  # fmt: skip
+    add("--value-range", choices=["auto", "hu", "unit", "stored"], default="auto", help="what the values are: detect it, "
+        "HU, 0-1 (HU = 2500 v - 1000), or scanner values that the metadata rescales")  # fmt: skip
+    add("--max-voxels", type=int, default=MAX_VOXELS, help="a file whose header claims more voxels is refused")
+    add("--num-workers", type=int, default=cores, help="processes; 0 works in this one")
+
+
+def add_output(command, what: str) -> None:
+    command.add_argument("--out", type=Path, required=True, help=f"folder for {what}")
+    command.add_argument("--on-bad-sample", choices=["fail", "skip"], default="fail", help="a volume that cannot be "
+        "read: end the run, or leave it out and list it in bad_samples.csv")  # fmt: skip
+
+
+# ==== Tables ===================================================================================================
+
+
+def volume_name(name: str) -> str:
+    """'train/train_1_a_1.nii.gz' -> 'train_1_a_1'."""
+    name = name.rsplit("/", 1)[-1].strip()
+    suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def rows_by_name(path: Path | None, columns=()) -> dict[str, dict]:
+    """Rows of a CSV with a column VolumeName, by that name without its extension."""
+    if path is None:
+        return {}
+    table = read_table(path)
+    need_columns(table, ["VolumeName", *columns], path)
+    names = table["VolumeName"].map(volume_name)
+    if names.duplicated().any():
+        raise UserError(f"{path}: {names[names.duplicated()].iloc[0]} has two rows (delete one)")
+    return dict(zip(names, table.to_dict("records"), strict=True))
+
+
+def metadata_options(metadata: dict, name: str, path: Path) -> dict:
+    """`rescale` and `spacing` for `read_volume` from the volume's row of the metadata CSV."""
+    if name not in metadata:
+        raise UserError(f"{path}: no row for {name} (add it, or leave --metadata away if the files hold HU)")
+    row = dict(metadata[name])
+    in_plane = re.findall(r"[\d.eE+-]+", row.get("XYSpacing", ""))  # the text "[0.68, 0.68]"
+    if in_plane and row.get("ZSpacing", "").strip():
+        row |= dict(zip(SPACING_COLUMNS, [row["ZSpacing"], in_plane[-1], in_plane[0]], strict=True))
+    try:
+        return volume_options(row)
+    except UserError as e:
+        raise UserError(f"{path}: {name}: {e}") from e
+
+
+def read_training_csv(path: Path) -> pd.DataFrame:
+    """The CSV of a training set as text; series_id is unique and neither it nor a path is empty."""
+    table = read_table(path)
+    need_columns(table, ["series_id", "split", "img_path"], path)
+    for column in ("series_id", "img_path"):
+        empty = table[column].str.strip() == ""
+        if empty.any():
+            raise UserError(f"{path}: row {empty.idxmax() + 2}: {column} is empty")
+    return table
+
+
+def csv_jobs(args, table: pd.DataFrame) -> list[dict]:
+    """One job, {id, source, options}, per row of a training CSV."""
+    metadata = rows_by_name(args.metadata, RESCALE_COLUMNS)
+    jobs = []
+    for number, row in enumerate(table.to_dict("records"), start=2):
+        try:
+            options = reading_options(args) | volume_options(row)
+        except UserError as e:
+            raise UserError(f"{args.csv}: row {number}: {e}") from e
+        if args.metadata:
+            name = volume_name(row["img_path"])
+            options |= metadata_options(metadata, name if name in metadata else row["series_id"], args.metadata)
+        jobs.append({"id": row["series_id"], "source": str(args.csv.parent / row["img_path"]), "options": options})
+    return jobs
+
+
+def reading_options(args) -> dict:
+    return {"layout": args.layout, "value_range": args.value_range, "max_voxels": args.max_voxels}
+
+
+def output_names(ids, suffix: str) -> list[str]:
+    """A file name for each id; characters that could leave the folder or hide a file are replaced."""
+    names = [re.sub(r"[^\w.-]|^\.", "_", i) + suffix for i in ids]
+    twice = [n for n, count in Counter(names).items() if count > 1]
+    if twice:
+        same = [i for i, n in zip(ids, names, strict=True) if n == twice[0]]
+        raise UserError(
+            f"series_id {', '.join(map(repr, same[:3]))}: the same output file {twice[0]} (ids must differ)"
+        )
+    return names
+
+
+# ==== Running jobs =============================================================================================
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path):
+    """Create the folder, keep other runs out of it, and clear what a killed one left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror}") from e
+    with lock:
+        for attempt in range(20):  # the workers of a killed run hold the lock until they notice
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if attempt == 19:
+                    raise UserError(f"{folder}: another run is writing here (choose another --out, or wait)") from e
+                time.sleep(0.25)
+        for path in folder.glob(".*.tmp*"):
+            path.unlink()
+        yield
+
+
+def start_worker() -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when the parent is gone: a kill -9 leaves no orphans behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def attempt(work, job: dict):
+    """The result of a job, or the UserError that it raised."""
+    try:
+        return work(job)
+    except UserError as e:
+        return e
+
+
+def run_jobs(work, jobs: list[dict], num_workers: int, title: str, done, on_bad_sample: str) -> list[tuple[dict, str]]:
+    """Call `work(job)` for all jobs, in `num_workers` processes, and `done(job, result)` here as each finishes.
+
+    Returns (job, message) of those that failed; with "fail", the first of them ends the run by UserError once the jobs
+    under way have finished.
+    """
+    failed = []
+
+    def receive(job, result):
+        if isinstance(result, UserError):
+            failed.append((job, str(result)))
+        else:
+            done(job, result)
+        bar.update()
+        return not (failed and on_bad_sample == "fail")
+
+    with tqdm(total=len(jobs), desc=title, unit="volume") as bar:
+        if num_workers == 0:
+            for job in jobs:
+                if not receive(job, attempt(work, job)):
+                    break
+        elif jobs:
+            with ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=start_worker) as pool:
+                futures = {pool.submit(attempt, work, job): job for job in jobs}
+                try:
+                    for future in as_completed(futures):
+                        if not future.cancelled() and not receive(futures[future], future.result()):
+                            for other in futures:
+                                other.cancel()
+                except BrokenProcessPool as e:
+                    raise UserError("a worker was killed, perhaps out of memory (use fewer --num-workers)") from e
+                finally:
+                    for future in futures:
+                        future.cancel()
+    if failed and on_bad_sample == "fail":
+        raise UserError(failed[0][1])
+    return failed
+
+
+def job_key(job: dict) -> dict:
+    """All that the output of a job depends on; equal keys mean that it need not be done again."""
+    stat = os.stat(job["source"])
+    places = {"source": os.path.abspath(job["source"]), "output": os.path.basename(job["output"])}
+    return json.loads(json.dumps({**job, **places, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}))
+
+
+def is_whole(path: Path, record: dict) -> bool:
+    """Whether an output is still there, of the size that was written, and opens."""
+    try:
+        if path.stat().st_size != record["output_bytes"]:
+            return False
+        if path.suffix == ".npz":
+            return zipfile.is_zipfile(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array.dtype == np.int16 and list(array.shape) == record["shape"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dict, str]]]:
+    """Run `convert` on the jobs that progress.jsonl does not show as done -> records by series_id, failures."""
+    journal = args.out / "progress.jsonl"
+    records, waiting, keys, done = {}, [], {}, {}
+    failed = [(job, f"{job['source']}: no such file") for job in jobs if not os.path.isfile(job["source"])]
+    if failed and args.on_bad_sample == "fail":
+        raise UserError(f"{failed[0][1]} ({len(failed)} of {len(jobs)} volumes are missing)")
+    for line in journal.read_text().splitlines() if journal.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be half
+            entry = json.loads(line)
+            done[entry["key"]["id"]] = entry
+    missing = {job["id"] for job, _ in failed}
+    for job in jobs:
+        if job["id"] not in missing:
+            key, entry = job_key(job), done.get(job["id"])
+            if entry and entry["key"] == key and is_whole(Path(job["output"]), entry["record"]):
+                records[job["id"]] = entry["record"]
+            else:
+                waiting.append(job)
+                keys[job["id"]] = key
+    if records:
+        print(f"{len(records)} of {len(jobs)} volumes are there already", file=sys.stderr)
+
+    with journal.open("a") as file:
+        file.write("\n" if file.tell() else "")  # ends the half line of a killed run
+
+        def write_down(job, record):
+            records[job["id"]] = record
+            file.write(json.dumps({"key": keys[job["id"]], "record": record}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        failed += run_jobs(convert, waiting, args.num_workers, args.command, write_down, args.on_bad_sample)
+    for note, names in grouped_notes(records).items():
+        if note.startswith("warning: "):
+            print(f"{note} [{len(names)} volumes, first {names[0]}]", file=sys.stderr)
+    return records, failed
+
+
+def grouped_notes(records: dict[str, dict]) -> dict[str, list[str]]:
+    """Note -> ids of the volumes that have it, the commonest first."""
+    notes = {}
+    for name, record in sorted(records.items()):
+        for note in record["notes"]:
+            notes.setdefault(note, []).append(name)
+    return dict(sorted(notes.items(), key=lambda item: -len(item[1])))
+
+
+def convert(job: dict) -> dict:
+    """Read one volume, sample it if asked, write it as .npy or .npz -> its shape, spacing, notes and bytes."""
+    volume = read_volume(job["source"], **job["options"])
+    array, spacing, output = volume.array, volume.spacing, Path(job["output"])
+    if "sample" in job:
+        slices, size, slice_spacing = job["sample"]
+        try:
+            array = sample_volume(volume.array, spacing, slices, size, slice_spacing)
+        except UserError as e:
+            raise UserError(f"{job['source']}: {e}") from e
+        if spacing:
+            depth, side = volume.array.shape[0], max(volume.array.shape[1:])  # slices are padded to squares
+            spacing = (slice_spacing or spacing[0] * depth / slices, spacing[1] * side / size, spacing[2] * side / size)
+            spacing = tuple(round(s, 6) for s in spacing)
+    if output.suffix == ".npy":
+        write_atomic(output, lambda file: np.save(file, array, allow_pickle=False))
+    else:
+        arrays = {"image": array[None]} | ({"spacing": np.array(spacing, np.float32)} if spacing else {})
+        write_atomic(output, lambda file: write_npz(file, arrays, job["compress"]))
+    record = {"shape": list(array.shape), "spacing": spacing and list(spacing), "notes": list(volume.notes)}
+    return record | {"output_bytes": output.stat().st_size}
+
+
+def write_npz(file, arrays: dict, compress: bool) -> None:
+    """np.savez with the fastest deflate: a quarter of the time of np.savez_compressed, files a few percent larger."""
+    with zipfile.ZipFile(
+        file, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED, compresslevel=1
+    ) as archive:
+        for name, array in arrays.items():
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def finish(args, failed: list[tuple[dict, str]], written: int) -> int:
+    """List the failures, or remove the list of an earlier run; the exit code."""
+    bad = args.out / "bad_samples.csv"
+    if not failed:
+        bad.unlink(missing_ok=True)
+        return 0
+    rows = [{"series_id": job["id"], "path": job["source"], "error": message} for job, message in failed]
+    write_csv(bad, pd.DataFrame(rows))
+    print(f"{len(failed)} volumes failed, {written} are written: see {bad}", file=sys.stderr)
+    return 3
+
+
+# ==== volumes ==================================================================================================
+
+
+def find_volumes(folder: Path) -> dict[str, Path]:
+    """NIfTI files below `folder` by name without extension, sorted."""
+    files = sorted(p for p in folder.rglob("*") if p.name.lower().endswith((".nii.gz", ".nii")) and p.is_file())
+    found = {}
+    for path in files:
+        other = found.setdefault(volume_name(path.name), path)
+        if other != path:
+            raise UserError(f"{path}: the same volume name as {other} (names must differ)")
+    if not found:
+        raise UserError(f"{folder}: no .nii.gz or .nii in it or below it")
+    return found
+
+
+def split_of(name: str, row: dict, column: str | None) -> str:
+    word = row.get(column, "").strip().lower() if column else name.split("_")[0].lower()
+    if word not in SPLITS:
+        where = f"column '{column}' says '{word}'" if column else "its name does not begin with train_ or valid_"
+        raise UserError(f"{name}: no split, {where} (--split-column names a column with train, val or test)")
+    return SPLITS[word]
+
+
+def run_volumes(args) -> int:
+    found = find_volumes(args.nifti_dir)
+    labels, metadata = rows_by_name(args.labels, CT_RATE_LABELS), rows_by_name(args.metadata, RESCALE_COLUMNS)
+    if args.labels:
+        label_array(pd.DataFrame(labels.values()), CT_RATE_LABELS, args.labels)
+        absent = [name for name in found if name not in labels]
+        if absent and args.unlabelled == "error":
+            raise UserError(
+                f"{args.labels}: no row for {len(absent)} of {len(found)} volumes, first {', '.join(absent[:3])} "
+                "(add them, or --unlabelled keep)"
+            )
+        print(f"{len(labels.keys() - found.keys())} rows of {args.labels} have no volume here", file=sys.stderr)
+    known = [c for rows in (labels, metadata) for row in list(rows.values())[:1] for c in row]
+    if args.split_column and args.split_column not in known:
+        raise UserError(f"--split-column {args.split_column}: no such column in --labels or --metadata")
+    jobs, rows = [], []
+    for (name, path), file in zip(found.items(), output_names(found, ".npz"), strict=True):
+        options = reading_options(args)
+        if args.metadata:
+            options |= metadata_options(metadata, name, args.metadata)
+        source, output = str(path), str(args.out / file)
+        jobs.append({"id": name, "source": source, "output": output, "options": options, "compress": args.compress})
+        row = metadata.get(name, {}) | labels.get(name, {})
+        values = {c: row.get(c, "").strip() for c in CT_RATE_LABELS}
+        values = {c: UNKNOWN.get(v, v) for c, v in values.items()}
+        rows.append({"series_id": name, "split": split_of(name, row, args.split_column), "img_path": file, **values})
+    with output_folder(args.out):
+        records, failed = convert_all(args, jobs)
+        write_csv(args.out / "all_ct_wlabels.csv", pd.DataFrame([r for r in rows if r["series_id"] in records]))
+        return finish(args, failed, len(records))
+
+
+# ==== cache ====================================================================================================
+
+
+def run_cache(args) -> int:
+    if (args.num_slices is None) != (args.image_size is None) or (args.slice_spacing and not args.num_slices):
+        raise UserError("--num-slices and --image-size belong together, --slice-spacing needs both")
+    if min(args.num_slices or 1, args.image_size or 1) < 1 or (args.slice_spacing or 1) <= 0:
+        raise UserError("--num-slices, --image-size and --slice-spacing must be above 0")
+    table = read_training_csv(args.csv)
+    jobs = csv_jobs(args, table)
+    files = output_names(table["series_id"], ".npy")
+    for job, file in zip(jobs, files, strict=True):
+        job["output"] = str(args.out / file)
+        if args.num_slices:
+            job["sample"] = [args.num_slices, args.image_size, args.slice_spacing]
+    with output_folder(args.out):
+        records, failed = convert_all(args, jobs)
+        table = table.assign(img_path=files).drop(columns=list(RESCALE_COLUMNS), errors="ignore")  # applied
+        for axis, column in enumerate(SPACING_COLUMNS):
+            table[column] = [(records.get(i, {}).get("spacing") or [""] * 3)[axis] for i in table["series_id"]]
+        for column in set(CT_RATE_LABELS) & set(table.columns):
+            table[column] = table[column].str.strip().replace(UNKNOWN)
+        write_csv(args.out / "volumes.csv", table[table["series_id"].isin(records.keys())])
+        return finish(args, failed, len(records))
+
+
+# ==== check ====================================================================================================
+
+
+def inspect(job: dict) -> dict:
+    volume = read_volume(job["source"], **job["options"])
+    return {"shape": list(volume.array.shape), "spacing": volume.spacing, "notes": list(volume.notes)}
+
+
+def label_report(table: pd.DataFrame, columns: list[str], path: Path) -> tuple[list[str], list[str]]:
+    """Lines of the table positives / negatives / unknowns per split, and warnings."""
+    values, splits = label_array(table, columns, path), sorted(set(table["split"]))
+    width = max(map(len, columns))
+    lines, cells, warnings = [" " * width], {c: f"{c:{width}}" for c in columns}, []
+    for split in splits:
+        lines[0] += f"{split + ' (1 / 0 / ?)':>24}"
+        part = values[(table["split"] == split).to_numpy()]
+        counts = [(part == 1).sum(0), (part == 0).sum(0), np.isnan(part).sum(0)]
+        for column, numbers in zip(columns, zip(*counts, strict=True), strict=True):
+            cells[column] += f"{' / '.join(map(str, numbers)):>24}"
+        for word, count in (("positive", counts[0]), ("negative", counts[1])):
+            none = [c for c, n in zip(columns, count, strict=True) if n == 0]
+            if none:
+                warnings.append(f"{split}: no {word} for {len(none)} labels, so no AUROC there: {', '.join(none)}")
+    return lines + list(cells.values()), warnings
+
+
+def table_problems(table: pd.DataFrame, jobs: list[dict], path: Path) -> tuple[list[str], list[str]]:
+    """What is wrong with the rows themselves -> errors, warnings."""
+    errors, warnings = [], []
+    for name, part in table.groupby("series_id"):
+        if len(part) > 1:
+            errors.append(f"{path}: series_id {name} stands in rows {', '.join(str(i + 2) for i in part.index)}")
+    for name, part in table.groupby("img_path"):
+        if part["series_id"].nunique() > 1:
+            warnings.append(f"{name} is the volume of {', '.join(part['series_id'][:3])}")
+    for split, part in table.groupby("split"):
+        if split not in ("train", "val", "test"):
+            errors.append(f"{path}: row {part.index[0] + 2}: split '{split}' is not known (train, val or test)")
+    for split in ("train", "val"):
+        if split not in set(table["split"]):
+            warnings.append(f"no row with split {split}")
+    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(group_of)
+    for patient, part in table.groupby(patients):
+        if part["split"].nunique() > 1:
+            errors.append(f"{path}: patient {patient} is in {' and '.join(sorted(set(part['split'])))} (results leak)")
+    errors += [
+        f"{job['source']}: no such file (row of {job['id']})" for job in jobs if not os.path.isfile(job["source"])
+    ]
+    return errors, warnings
+
+
+def run_check(args) -> int:
+    table = read_training_csv(args.csv)
+    jobs = csv_jobs(args, table)
+    columns = args.label_columns or [c for c in CT_RATE_LABELS if c in table.columns]
+    if not columns:
+        raise UserError(f"{args.csv}: none of the 18 CT-RATE labels is a column (name yours with --label-columns)")
+    errors, warnings = table_problems(table, jobs, args.csv)
+    lines, label_warnings = label_report(table, columns, args.csv)
+    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(group_of)
+    print(f"{args.csv}: {len(table)} volumes of {patients.nunique()} patients", *lines, sep="\n")
+    warnings += label_warnings
+    if args.read:
+        records = {}
+        there = [job for job in jobs if os.path.isfile(job["source"])]
+        failed = run_jobs(
+            inspect, there, args.num_workers, "check", lambda job, r: records.update({job["id"]: r}), "skip"
+        )
+        errors += [message for _, message in failed]
+        print(*volume_report(records), sep="\n")
+        for note, names in grouped_notes(records).items():
+            if note.startswith("warning: "):
+                warnings.append(f"{note.removeprefix('warning: ')}: {len(names)} volumes, first {names[0]}")
+        unknown = [name for name, r in records.items() if not r["spacing"]]
+        if unknown:
+            warnings.append(f"no spacing known: {len(unknown)} volumes, first {unknown[0]}")
+    for text in warnings:
+        print(f"warning: {text}")
+    for text in errors:
+        print(f"error: {text}", file=sys.stderr)
+    print(f"{len(errors)} errors, {len(warnings)} warnings")
+    return 2 if errors else 0
+
+
+def volume_report(records: dict[str, dict]) -> list[str]:
+    """Lines on the shapes, spacings and notes of the volumes."""
+    if not records:
+        return []
+    shapes = Counter(" x ".join(map(str, r["shape"])) for r in records.values())
+    lines = ["", "shapes D x H x W: " + ", ".join(f"{s} ({n})" for s, n in shapes.most_common(8))]
+    if len(shapes) > 8:
+        lines[-1] += f" and {len(shapes) - 8} others"
+    spacings = np.array([r["spacing"] or [math.nan] * 3 for r in records.values()], float)
+    for axis, name in enumerate("zyx"):
+        known = spacings[~np.isnan(spacings[:, axis]), axis]
+        if len(known):
+            lines.append(f"spacing {name}: {known.min():g} to {known.max():g} mm, median {np.median(known):g}")
+    notes = grouped_notes(records)
+    return lines + [f"{note}: {len(names)} volumes" for note, names in notes.items() if not note.startswith("warning")]
+
+
+# ==== Main =====================================================================================================
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.num_workers < 0 or args.max_voxels < 1:
+        raise UserError("--num-workers must be 0 or more and --max-voxels above 0")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the pool is closed, files are whole
+    try:
+        return {"volumes": run_volumes, "cache": run_cache, "check": run_check}[args.command](args)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 143
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,498 @@
+"""One self-contained HTML page from the results of evaluate.py: numbers, curves, calibration, provenance.
+
+evaluate.py writes the page; this script makes it again from the files, without the model:
+    python report.py --results eval/results.json --predictions eval/predictions.csv --labels eval/labels.csv
+
+The page loads nothing: figures are SVG data URIs, there is no script, a CSP meta tag forbids both, and every text that
+came from a file is escaped. It prints on A4, with figures as vectors.
+"""
+
+import argparse
+import base64
+import difflib
+import html
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from common import UserError, calibration_bins, label_array, need_columns, read_table, run_main, write_atomic
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
+FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
+FEW_IN_BIN = 10  # bins of a reliability diagram with fewer cases are drawn hollow and not joined
+FIGURE_STYLE = {
+    "svg.fonttype": "none",  # text stays text: small files, and readable to a screen reader
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+}
+
+
+# ==== Files ====================================================================================================
+
+
+def patient_of(case: str) -> str:
+    """The patient of a case id: `train_1` of the CT-RATE form `train_1_a_1`, else the id itself."""
+    match = re.fullmatch(r"((?:train|valid)_\d+)_[a-z]+_\d+(?:\.nii\.gz)?", case)
+    return match[1] if match else case
+
+
+def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
+    """Two CSV files -> ids, groups, targets, probs, class_names, in the order of the labels file.
+
+    predictions: column `id` and a `{label}_prob` for each label (`{label}_pred` is ignored); labels: `id`, the label
+    columns (0, 1, or empty or -1 for unknown) and, if there is one, `patient_id` (the groups of the bootstrap).
+    `class_names` chooses labels and their order; by default every column must have its partner. Ids in `failed` may
+    have no probability. targets (n, K) float64 with NaN for unknown, probs (n, K) float64. Raises UserError.
+    """
+    left, right = read_table(predictions), read_table(labels)
+    if class_names is None:
+        class_names = [c for c in right.columns if c not in ("id", "patient_id")]
+        scored = [c.removesuffix("_prob") for c in left.columns if c.endswith("_prob")]
+        _need_partner(scored, class_names, f"{predictions}: column '{{}}_prob' has no label column in {labels}")
+        _need_partner(class_names, scored, f"{labels}: column '{{}}' has no '{{}}_prob' in {predictions}")
+    for table, path in ((left, predictions), (right, labels)):
+        need_columns(table, ["id"], path)
+        # what write_csv put before a cell that a spreadsheet would run as a formula
+        table["id"] = table["id"].str.replace(r"^'(?=[=+\-@\t\r])", "", regex=True)
+        twice = table["id"][table["id"].duplicated()]
+        if len(twice):
+            raise UserError(
+                f"{path}: row {twice.index[0] + 2}: id '{twice.iloc[0]}' comes twice (keep one row per case)"
+            )
+    _need_ids(right["id"], left["id"], f"{predictions}: has no row for", f"of {labels}")
+    _need_ids(left["id"], right["id"], f"{labels}: has no row for", f"of {predictions}")
+
+    columns = [f"{name}_prob" for name in class_names]
+    need_columns(left, columns, predictions)
+    probs = left[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    bad = ~((probs >= 0) & (probs <= 1)) & ~left["id"].isin(failed).to_numpy()[:, None]
+    if bad.any():
+        row, k = np.argwhere(bad)[0]
+        cell = left[columns[k]].iat[row]
+        raise UserError(f"{predictions}: row {row + 2}, column '{columns[k]}': '{cell}' is no probability (0 to 1)")
+    probs = probs[pd.Index(left["id"]).get_indexer(right["id"])]
+    targets = label_array(right, class_names, labels).astype(np.float64)
+    ids = list(right["id"])
+    groups = list(right["patient_id"]) if "patient_id" in right else [patient_of(i) for i in ids]
+    return ids, groups, targets, probs, list(class_names)
+
+
+def _need_partner(names, others, message: str) -> None:
+    for name in names:
+        if name not in others:
+            near = difflib.get_close_matches(name, others, 1, 0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--label-columns chooses the labels to evaluate"
+            raise UserError(f"{message.replace('{}', name)} ({hint})")
+
+
+def _need_ids(wanted: pd.Series, there: pd.Series, message: str, of: str) -> None:
+    missing = list(wanted[~wanted.isin(there)])
+    if missing:
+        first = ", ".join(f"'{i}'" for i in missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{message} {len(missing)} id{'s' * (len(missing) > 1)} {of}: {first} (the ids must be the same)"
+        )
+
+
+# ==== Text =====================================================================================================
+
+
+def number(value, digits: int = 3) -> str:
+    return "undefined" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def interval(row: dict, metric: str) -> str:
+    """'0.812–0.861', or '' where the metric has no interval."""
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    return "" if low is None or high is None else f"{number(low)}–{number(high)}"
+
+
+def why_undefined(row: dict) -> str:
+    if not row["n"]:
+        return "no case with a known label"
+    return "no positive case" if not row["positives"] else "no negative case"
+
+
+def people(results: dict) -> str:
+    n = results["n_patients"]
+    return f"{n} patients" + (" (each case is taken as another patient)" if n == results["n"] else "")
+
+
+def warnings_of(results: dict) -> list[str]:
+    """What a reader must know before the numbers, most serious first."""
+    rows, found = results["per_label"], []
+    if results["failed"]:
+        cases = ", ".join(f"{f['id']} ({f['reason']})" for f in results["failed"][:10])
+        more = f" and {len(results['failed']) - 10} more" if len(results["failed"]) > 10 else ""
+        found.append(
+            f"{len(results['failed'])} of {results['n']} cases failed to load and are in no number: {cases}{more}"
+        )
+    found += results["notes"]
+    consequence = {
+        "no positive case": "macro AUROC and AUPRC leave them out; macro F1 and recall count them as 0",
+        "no negative case": "macro AUROC leaves them out",
+        "no case with a known label": "all averages leave them out",
+    }
+    for reason, what in consequence.items():
+        names = [name for name, row in rows.items() if row["auroc"] is None and why_undefined(row) == reason]
+        if names:
+            found.append(
+                f"AUROC is undefined for {len(names)} of {len(rows)} labels, with {reason} ({what}): {', '.join(names)}"
+            )
+    few = [
+        f"{name} ({min(row['positives'], row['n'] - row['positives'])})"
+        for name, row in rows.items()
+        if 0 < min(row["positives"], row["n"] - row["positives"]) < FEW_POSITIVES
+    ]
+    if few:
+        found.append(
+            f"Fewer than {FEW_POSITIVES} positive or negative cases, so hardly evidence, with intervals that are too "
+            f"narrow: {', '.join(few)}"
+        )
+    if results["interval"] is None:
+        found.append("No confidence intervals were computed (--no-bootstrap)")
+    return found
+
+
+# ==== Figures ==================================================================================================
+
+
+def figure_uri(draw, salt: str) -> str:
+    """The panel that `draw(axes)` fills, as an SVG data URI; the same input gives the same bytes."""
+    with matplotlib.rc_context({**FIGURE_STYLE, "svg.hashsalt": salt}):
+        figure, file = Figure(figsize=(2.75, 2.45)), io.StringIO()
+        draw(figure.add_axes((0.2, 0.19, 0.77, 0.77)))
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    return "data:image/svg+xml;base64," + base64.b64encode(svg[svg.index("<svg") :].encode()).decode()
+
+
+def unit_axes(axes, xlabel: str, ylabel: str) -> None:
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=xlabel, ylabel=ylabel, xticks=ticks, yticks=ticks)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticklabels(["0", "", "0.5", "", "1"])
+        axis.set_tick_params(length=0, colors="#444444")
+
+
+def draw_roc(axes, y, p, row) -> None:
+    """y (n,) of 0 and 1, p (n,) probabilities; the dot is the stored threshold."""
+    unit_axes(axes, "1 − specificity", "Sensitivity")
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+    fpr, tpr, _ = roc_curve(y, p)
+    axes.plot(fpr, tpr, color=BLUE, linewidth=1.8)
+    at = p >= row["threshold"]
+    axes.plot(at[y == 0].mean(), at[y == 1].mean(), "o", color=ORANGE, markersize=5.5, clip_on=False)
+
+
+def draw_pr(axes, y, p, row) -> None:
+    unit_axes(axes, "Recall (sensitivity)", "Precision (PPV)")
+    axes.axhline(y.mean(), color=GREY, linestyle="--", linewidth=1)
+    precision, recall, _ = precision_recall_curve(y, p)
+    axes.plot(recall, precision, color=BLUE, linewidth=1.8, drawstyle="steps-post")
+    at = p >= row["threshold"]
+    if at.any():
+        axes.plot(at[y == 1].mean(), y[at].mean(), "o", color=ORANGE, markersize=5.5, clip_on=False)
+
+
+def draw_reliability(axes, y, p, row) -> None:
+    """Dots: mean probability and share of positives of each bin; bars: 95 % Wilson interval of that share."""
+    unit_axes(axes, "Mean predicted probability", "Share of positives")
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+    bins = calibration_bins(y, p)
+    full = bins["count"] > 0
+    mean, share, n = (bins[name][full] for name in ("mean_prob", "frequency", "count"))
+    z = 1.96
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    axes.vlines(mean, centre - half, centre + half, color=BLUE, linewidth=1.2, alpha=0.5)
+    many = n >= FEW_IN_BIN
+    axes.plot(mean[many], share[many], "o-", color=BLUE, linewidth=1.2, markersize=4.5)
+    axes.plot(mean[~many], share[~many], "o", color=BLUE, markerfacecolor="white", markersize=4.5)
+
+
+def draw_histogram(axes, y, p, row) -> None:
+    """Share of the positive and of the negative cases in each of 20 bins: comparable however rare the label is."""
+    edges = np.linspace(0, 1, 21)
+    for side, color, style in ((0, BLUE, "-"), (1, ORANGE, "-")):
+        chosen = p[y == side]
+        if len(chosen):
+            share = np.histogram(chosen, edges)[0] / len(chosen)
+            axes.stairs(share, edges, fill=True, color=color, alpha=0.22)
+            axes.stairs(share, edges, color=color, linewidth=1.5, linestyle=style)
+    axes.axvline(row["threshold"], color="#333333", linestyle=":", linewidth=1.2)
+    axes.set(xlim=(-0.02, 1.02), xlabel="Predicted probability", ylabel="Share of cases", xticks=[0, 0.5, 1])
+    axes.set_ylim(0, max(0.01, axes.get_ylim()[1]))
+    axes.tick_params(length=0, colors="#444444")
+    axes.locator_params(axis="y", nbins=4)
+
+
+KINDS = (  # title, how to read it, panel, metric of its caption
+    (
+        "ROC curves",
+        "Sensitivity against false alarms over all thresholds. Dashed: a coin toss. Dot: the threshold in use.",
+        draw_roc,
+        "auroc",
+    ),
+    (
+        "Precision–recall curves",
+        "How many of the flagged cases are right (precision), at every share of the positives found (recall). "
+        "Dashed: chance, which is the prevalence of the label. Dot: the threshold in use.",
+        draw_pr,
+        "auprc",
+    ),
+    (
+        "Calibration",
+        "Reliability diagrams with 15 bins of equal width. Of the cases given 30 %, about 30 % should be "
+        "positive: the dashed line; below it the model claims too much. Bars: 95 % Wilson interval of the bin (over "
+        f"cases, not patients). Hollow: fewer than {FEW_IN_BIN} cases. ECE: mean distance from the dashed line.",
+        draw_reliability,
+        "ece",
+    ),
+    (
+        "Score distributions",
+        "Probabilities of the positive cases (orange) and the negative cases (blue), as shares of their own group. "
+        "Dotted: the threshold in use.",
+        draw_histogram,
+        None,
+    ),
+)
+
+
+def figures_section(title, text, draw, metric, results, targets, probs) -> str:
+    """One kind of panel for every label, in the order of the table; labels that cannot be drawn are named with why."""
+    panels, left_out = [], []
+    for k, (name, row) in enumerate(results["per_label"].items()):
+        known = ~np.isnan(targets[:, k]) & ~np.isnan(probs[:, k])
+        y, p = targets[known, k], probs[known, k]
+        if not len(y) or (row["auroc"] is None and metric in ("auroc", "auprc")):
+            left_out.append(f"{name} ({why_undefined(row)})")
+            continue
+        uri = figure_uri(lambda axes, y=y, p=p, row=row: draw(axes, y, p, row), f"{title}{k}")
+        if metric:
+            between = interval(row, metric)
+            said = f"{metric.upper()} {number(row[metric])}" + (f" [{between}]" if between else "")
+        else:
+            said = f"{row['positives']} positive, {row['n'] - row['positives']} negative"
+        more = f"<br>chance {number(row['prevalence'])}" if metric == "auprc" else ""
+        panels.append(
+            f'<figure><img src="{uri}" alt="{esc(title)} of {esc(name)}: {esc(said)}">'
+            f"<figcaption><b>{esc(name)}</b><br>{esc(said)}{more}</figcaption></figure>"
+        )
+    note = f'<p class="sub">Not drawn: {esc(", ".join(left_out))}.</p>' if left_out else ""
+    return f'<section><h2>{esc(title)}</h2><p>{esc(text)}</p><div class="grid">{"".join(panels)}</div>{note}</section>'
+
+
+# ==== Page =====================================================================================================
+
+CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = """
+:root { color-scheme: light; } * { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1280px; padding: 28px 28px 60px; color: #1c1c1c; background: #fff;
+  font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
+h1 { font-size: 29px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
+h2 { font-size: 21px; margin: 44px 0 4px; }
+p { margin: 6px 0 12px; max-width: 78ch; }
+small { display: block; font-size: 13px; } small, .sub, figcaption { color: #555; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 22px 0 8px; }
+.tile { border: 1px solid #d9d9d9; border-top: 4px solid #0072B2; border-radius: 4px; padding: 10px 16px 12px; }
+.tile b { display: block; font-size: 31px; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.warnings { border-left: 5px solid #D55E00; background: #fdf3ec; padding: 10px 18px; margin: 20px 0; }
+.warnings ul { margin: 4px 0; padding-left: 20px; } .warnings li { margin: 3px 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 8px; text-align: right; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
+td { white-space: nowrap; } thead th { vertical-align: bottom; border-bottom: 2px solid #333; line-height: 1.25; }
+th:first-child, td:first-child { text-align: left; padding-left: 2px; white-space: normal; min-width: 150px; }
+tbody.total td { background: #f5f7f9; } tbody.total tr:first-child td { border-top: 2px solid #333; }
+.undefined { color: #8a4b00; font-style: italic; }
+.mark { width: 100px; height: 22px; display: block; } th.scale { text-align: center; }
+.chance { color: #555; padding-left: 0; } th.chance { font-weight: normal; }
+.grid { display: grid; grid-template-columns: repeat(4, 1fr); gap: 20px 16px; margin-top: 14px; }
+figure { margin: 0; } figure img { width: 100%; display: block; }
+figcaption { font-size: 14px; line-height: 1.35; padding-left: 6px; } figcaption b { color: #1c1c1c; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts td:first-child { width: 210px; color: #555; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 10px 0; }
+dt { font-weight: 600; } dd { margin: 0; max-width: 78ch; }
+@media screen and (max-width: 900px) { .grid { grid-template-columns: repeat(2, 1fr); } dl { display: block; } }
+@page { size: A4; margin: 13mm 12mm; }
+@media print {
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; } h1 { font-size: 19pt; } h2 { font-size: 14pt; }
+  table { font-size: 8.5pt; } th, td { padding: 2.5pt 4pt; } small { font-size: 7.5pt; } .tile b { font-size: 18pt; }
+  th:first-child, td:first-child { min-width: 80pt; } .mark { width: 62pt; height: 13.5pt; }
+  thead { display: table-header-group; } .scroll { overflow: visible; } figcaption { font-size: 8.5pt; }
+  tr, .tile, .warnings, figure { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
+  .grid { gap: 10pt 8pt; }
+}
+"""
+
+READING = {
+    "AUROC": "the chance that a positive case gets a higher score than a negative one: 0.5 is a coin toss, 1 perfect. "
+    "It depends neither on the threshold nor on how rare the label is.",
+    "AUPRC": "average precision: the precision over all recalls. Chance is the prevalence, so 0.30 is poor for a label "
+    "that half of the cases have, and good for one that 2 % have.",
+    "Precision, recall, F1": "at the threshold. Precision: of the flagged cases the share that is positive. "
+    "Recall: of the positive cases the share that is flagged. F1: their harmonic mean. In averages 0/0 counts as 0.",
+    "Macro, micro": "macro is the plain mean over the labels that are defined (how many is stated); micro pools all "
+    "decisions, so frequent labels weigh more.",
+    "Interval": "the range of values that other samples of patients would plausibly give. It covers neither errors in "
+    "the labels nor another hospital. Two models need a paired comparison, not a look at overlapping intervals.",
+    "Undefined": "the data cannot answer: an AUROC without a positive case, for example. It is not a zero.",
+}
+
+
+def esc(text) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def cell(row: dict, metric: str) -> str:
+    """A table cell: the value, and in small print its interval; empty where the row has no such metric."""
+    if metric not in row:
+        return "<td></td>"
+    if row[metric] is None:
+        return '<td><span class="undefined">undefined</span></td>'
+    positives, flagged = row.get("positives", 1), row.get("flagged", 1)
+    if {"precision": flagged, "recall": positives, "f1": positives + flagged}.get(metric) == 0:
+        return '<td><span class="undefined">0/0</span></td>'
+    return f"<td>{number(row[metric])}<small>{interval(row, metric)}</small></td>"
+
+
+def mark(row: dict) -> str:
+    """A table cell with the AUROC as a dot and its interval as a bar, from 0 to 1; the tick is chance."""
+    value, low, high = (row.get(key) for key in ("auroc", "auroc_low", "auroc_high"))
+    if value is None:
+        return "<td></td>"
+    svg = '<path d="M5 12H105" stroke="#c8c8c8"/><path d="M55 4V20" stroke="#767676"/>'
+    if low is not None:
+        svg += f'<path d="M{5 + 100 * low:.1f} 12H{5 + 100 * high:.1f}" stroke="#8fbfdd" stroke-width="8"/>'
+    svg += f'<circle cx="{5 + 100 * value:.1f}" cy="12" r="3.2" fill="{BLUE}"/>'
+    return f'<td><svg class="mark" viewBox="0 0 110 24" aria-hidden="true">{svg}</svg></td>'
+
+
+def table_row(name: str, under: str, n, positives: str, row: dict) -> str:
+    """One label, or an average. `name` and `under` are escaped here."""
+    chance = number(row["prevalence"]) if row.get("prevalence") is not None else ""
+    return (
+        f"<tr><td>{esc(name)}<small>{esc(under)}</small></td><td>{n}</td><td>{positives}</td>"
+        + (cell(row, "auroc") + mark(row) + cell(row, "auprc") + f'<td class="chance">{chance}</td>')
+        + "".join(cell(row, metric) for metric in ("f1", "precision", "recall", "specificity"))
+        + f"<td>{number(row['threshold']) if 'threshold' in row else ''}</td></tr>\n"
+    )
+
+
+def table_section(results: dict) -> str:
+    rows, how = "", results["interval"]
+    for name, row in results["per_label"].items():
+        share = f"<small>{100 * row['prevalence']:.1f} %</small>" if row["n"] else ""
+        rows += table_row(name, "", row["n"], f"{row['positives']}{share}", row)
+    defined = f"{results['macro']['n_defined']} of {len(results['per_label'])} labels"
+    totals = table_row("Macro", defined, "", "", results["macro"]) + table_row("Micro", "", "", "", results["micro"])
+    text = f"Thresholds: {results['thresholds_source']}. A case is flagged when its probability reaches the threshold."
+    if how:
+        text += (
+            f" Small print: {100 * how['level']:.0f} % intervals, percentile bootstrap over {people(results)}, "
+            f"{how['n_resamples']} resamples."
+        )
+    return f"""
+<section><h2>Numbers by label</h2><p>{esc(text)}</p><div class="scroll"><table>
+<thead><tr><th>Label</th><th>Cases</th><th>Positive</th><th>AUROC</th><th class="scale">0 to 1</th><th>AUPRC</th>
+<th class="chance">chance</th><th>F1</th><th>Precision</th><th>Recall</th><th>Specificity</th>
+<th>Threshold</th></tr></thead><tbody>{rows}</tbody><tbody class="total">{totals}</tbody></table></div></section>"""
+
+
+def facts(tree: dict, before: str = ""):
+    """Leaves of nested provenance as (name, text)."""
+    for key, value in tree.items():
+        name = f"{before}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from facts(value, f"{name}: ")
+        else:
+            yield name, "not known" if value is None else value
+
+
+def headline(results: dict) -> str:
+    """The few numbers one quotes, with their intervals."""
+    tiles = ""
+    for average, metric, title in (
+        ("macro", "auroc", "Macro AUROC"),
+        ("macro", "auprc", "Macro AUPRC"),
+        ("macro", "f1", "Macro F1"),
+        ("micro", "f1", "Micro F1"),
+    ):
+        row = results[average]
+        between = interval(row, metric)
+        small = f"{100 * results['interval']['level']:.0f} % interval {between}" if between else ""
+        tiles += f'<div class="tile"><small>{title}</small><b>{number(row.get(metric))}</b><small>{small}</small></div>'
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray) -> None:
+    """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load."""
+    title = esc(f"Evaluation of {results['evaluated']}")
+    about = f"{results['n']} cases of {people(results)}, {len(results['per_label'])} labels"
+    warnings = "".join(f"<li>{esc(sentence)}</li>" for sentence in warnings_of(results))
+    if warnings:
+        warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
+    reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
+    figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS)
+    origin = "".join(f"<tr><td>{esc(k)}</td><td>{esc(v)}</td></tr>" for k, v in facts(results["provenance"]))
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{CSP}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body>
+<header><h1>{title}</h1><p class="sub">{esc(about)}. Data: {esc(results["evaluated_on"])}.</p></header>
+{warnings}{headline(results)}{table_section(results)}
+<section><h2>How to read this</h2><dl>{reading}</dl></section>{figures}
+<section><h2>Where these numbers come from</h2><table class="facts"><tbody>{origin}</tbody></table></section>
+</body></html>
+"""
+    write_atomic(path, page)
+
+
+# ==== Main =====================================================================================================
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True, help="results.json of evaluate.py")
+    parser.add_argument("--predictions", type=Path, required=True, help="predictions.csv of the same evaluation")
+    parser.add_argument("--labels", type=Path, required=True, help="labels.csv of the same evaluation")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    args = parser.parse_args(argv)
+    try:
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        names, failed = list(results["per_label"]), [f["id"] for f in results["failed"]]
+    except OSError as e:
+        raise UserError(f"{args.results}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{args.results}: not a results file of evaluate.py ({e})") from e
+    _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names, failed)
+    write_report(args.out, results, targets, probs)
+    print(f"Report: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
