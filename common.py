@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import tokenize
 import zipfile
 import zlib
 from datetime import timedelta
@@ -88,7 +90,7 @@ def focal_loss(logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=No
     """alpha * (1 - p_t)^gamma * BCE (Lin et al. 2017, eq. 5). logits, targets: (B, K) -> scalar.
 
     form: "constant" multiplies both signs by alpha; "balanced" is the paper's alpha_t (and torchvision's), alpha for
-    positives and 1 - alpha for negatives, or none where alpha < 0. weight: (K,) multiplies both signs of a class.
+    positives and 1 - alpha for negatives (0.25 there), none if alpha < 0. weight: (K,) multiplies both signs.
     """
     logits, targets, mask = _known_float32(logits, targets)
     bce = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="none")
@@ -103,7 +105,7 @@ def focal_loss(logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=No
 def asymmetric_loss(
     logits, targets, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_weight=True, reduction="mean"
 ) -> torch.Tensor:
-    """ASL (Ridnik et al. 2021, eq. 7): focal loss with its own gamma for each sign. logits, targets: (B, K) -> scalar.
+    """ASL (Ridnik et al. 2021): focal loss with its own gamma for each sign. logits, targets: (B, K) -> scalar.
 
     Negatives with p < clip cost nothing. detach_weight: no gradient through the focusing weight, the default of the
     authors' AsymmetricLoss (their AsymmetricLossOptimized has False). They sum; take reduction="sum" to compare.
@@ -156,7 +158,7 @@ def clip_loss(image_features, text_features, logit_scale) -> torch.Tensor:
 
 
 def siglip_loss(image_features, text_features, logit_scale, logit_bias, block: int = 64) -> torch.Tensor:
-    """Sigmoid loss over all pairs of the global batch (Zhai et al. 2023, eq. 1) -> scalar.
+    """Sigmoid loss over all pairs of the global batch (Zhai et al. 2023, algorithm 1) -> scalar.
 
     Arguments and the meaning over ranks as in `clip_loss`; logit_bias: scalar tensor, added after scaling. The logits
     exist only `block` rows at a time, in both directions; what is kept for backward is the features.
@@ -195,9 +197,9 @@ def _rank_and_world() -> tuple[int, int]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_rank_and_world()[1])]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        out = x.new_empty(_rank_and_world()[1] * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -288,7 +290,7 @@ def bootstrap_counts(groups, n_resamples: int, seed: int) -> np.ndarray:
     drawn = np.random.default_rng(seed).integers(len(names), size=(n_resamples, len(names)))
     drawn += np.arange(n_resamples)[:, None] * len(names)
     counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)  # (B, groups)
-    return np.ascontiguousarray(counts.T, np.float64)[inverse]
+    return _take(counts.astype(np.float64), inverse).T
 
 
 def weighted_auroc(y, s, w) -> np.ndarray:
@@ -296,12 +298,12 @@ def weighted_auroc(y, s, w) -> np.ndarray:
 
     y: (n,) 0/1; s: (n,) scores; w: (n, B) weights >= 0. Equal to scikit-learn's with sample_weight.
     """
-    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), np.asarray(w, np.float64))[0]
+    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w))[0]
 
 
 def weighted_average_precision(y, s, w) -> np.ndarray:
     """Area under the precision-recall steps, arguments as in `weighted_auroc` -> (B,); NaN without a positive."""
-    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), np.asarray(w, np.float64))[1]
+    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w))[1]
 
 
 def crg_score(targets, predictions) -> float:
@@ -380,13 +382,14 @@ def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dic
     def total(x):
         return x.T.astype(np.float64) @ w  # (K, B)
 
-    tp, fn = total(y & predicted), total(y & ~predicted)
-    fp, tn = total(mask & ~y & predicted), total(mask & ~y & ~predicted)
+    negative = mask & ~y
+    tp, fn, fp, tn = map(total, (y & predicted, y & ~predicted, negative & predicted, negative & ~predicted))
     count = tp + fn + fp + tn
     gap, index = np.where(mask, probs - y, 0), _bin_index(probs, n_bins)
     bin_gaps = sum(abs(total(np.where(index == i, gap, 0))) for i in range(n_bins))
     rows = [np.flatnonzero(column) for column in mask.T]
-    ranked = [_rank_metrics(y[r, k], probs[r, k], w, r) for k, r in enumerate(rows)]
+    by_resample = _by_resample(w)
+    ranked = [_rank_metrics(y[r, k], probs[r, k], by_resample, r) for k, r in enumerate(rows)]
     per_label = {
         "auroc": np.stack([auroc for auroc, _ in ranked]),
         "auprc": np.stack([auprc for _, auprc in ranked]),
@@ -403,7 +406,7 @@ def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dic
         out[prefix + name] = _ratio(np.where(defined, values, 0).sum(0), defined.sum(0))
         if name in ("auroc", "auprc"):
             out["n_defined_" + name] = defined.sum(0)
-    out["micro_auroc"], out["micro_auprc"] = _rank_metrics(y[mask], probs[mask], w, np.nonzero(mask)[0])
+    out["micro_auroc"], out["micro_auprc"] = _rank_metrics(y[mask], probs[mask], by_resample, np.nonzero(mask)[0])
     micro = _decision_metrics(tp.sum(0), fn.sum(0), fp.sum(0), tn.sum(0))
     out |= {"micro_" + name: micro[name] for name in ("f1", "precision", "recall")}
     out["crg"] = _crg(tp.sum(0), fn.sum(0), fp.sum(0), (fp + tn).sum(0))
@@ -415,12 +418,12 @@ def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dic
     return out
 
 
-def _rank_metrics(y, s, w, rows=None, chunk_bytes=2e6):
-    """Weighted AUROC and average precision, (B,) each. y, s: (m,); w: (n, B); rows: (m,) the row of w of each entry.
+def _rank_metrics(y, s, w, rows=None, chunk_bytes=5e5):
+    """Weighted AUROC and average precision, (B,) each. y, s: (m,); w: `_by_resample`; rows: (m,) row of each entry.
 
     One sort serves all B. In falling order of score, with P and N the weights of positives and negatives so far, a
     group of equal scores adds dP * (N below it + dN / 2) to the one and dP * P / (P + N) to the other; only groups
-    with a positive matter. The layout (m, B) makes the running sums additions of whole rows.
+    with a positive matter.
     """
     order = np.argsort(-s, kind="stable")
     y, s, rows = y[order], s[order], order if rows is None else rows[order]
@@ -430,25 +433,38 @@ def _rank_metrics(y, s, w, rows=None, chunk_bytes=2e6):
     held = seen[stops] > seen[starts]
     starts, stops = starts[held], stops[held]
 
-    auroc, auprc = np.full((2, w.shape[1]), np.nan)
-    step = max(1, int(chunk_bytes / 8 / max(len(s), 1)))  # a chunk of columns that stays in the cache
-    for columns in (slice(i, i + step) for i in range(0, w.shape[1], step)):
-        part = w[:, columns]
-        both, positive = _running_sum(part, rows), _running_sum(part, rows[y])
-        p_stop, p_start = positive[seen[stops]], positive[seen[starts]]
-        n_stop, n_start = both[stops] - p_stop, both[starts] - p_start
-        gain, p, n = p_stop - p_start, positive[-1], both[-1] - positive[-1]
-        auroc[columns] = _ratio(np.einsum("gb,gb->b", gain, n - (n_stop + n_start) / 2), p * n)
-        precision = p_stop / np.maximum(p_stop + n_stop, np.finfo(float).tiny)
-        auprc[columns] = _ratio(np.einsum("gb,gb->b", gain, precision), p)
+    entries, positives = np.append(0, rows + 1), np.append(0, rows[y] + 1)  # led by the column of zeros
+    step = max(1, min(len(w), int(chunk_bytes / 8 / len(entries))))  # weightings at a time, to stay in the cache
+    buffers = np.empty((step, len(entries))), np.empty((step, len(positives)))
+    auroc, auprc = np.full((2, len(w)), np.nan)
+    for some in (slice(i, i + step) for i in range(0, len(w), step)):
+        both, positive = _running_sum(w[some], entries, buffers[0]), _running_sum(w[some], positives, buffers[1])
+        p, n = positive[:, -1], both[:, -1] - positive[:, -1]
+        p_stop, both_stop, both_start = _take(positive, seen[stops]), _take(both, stops), _take(both, starts)
+        gain = np.diff(p_stop, prepend=0)
+        twice_above = both_stop + both_start - (2 * p_stop - gain)  # negatives before the group, and up to its end
+        auroc[some] = _ratio(np.einsum("bg,bg->b", gain, n[:, None] - twice_above / 2), p * n)
+        precision = p_stop / np.maximum(both_stop, np.finfo(float).tiny)
+        auprc[some] = _ratio(np.einsum("bg,bg->b", gain, precision), p)
     return auroc, auprc
 
 
-def _running_sum(w, rows):
-    """(len(rows) + 1, B): sums of the first 0, 1, 2 ... of the given rows."""
-    out = np.zeros((len(rows) + 1, w.shape[1]))
-    np.cumsum(w[rows], axis=0, out=out[1:])
+def _by_resample(w):
+    """(n, B) weights -> (B, 1 + n), each resample contiguous, led by a zero for the start of running sums."""
+    w = np.asarray(w)
+    out = np.zeros((w.shape[1], 1 + len(w)))
+    out[:, 1:] = w.T
     return out
+
+
+def _running_sum(w, columns, buffer):
+    """Running sums along the given columns of w, in the buffer: new memory would take longer than the sums."""
+    out = buffer[: len(w)]
+    return np.cumsum(_take(w, columns, out), axis=1, out=out)
+
+
+def _take(x, columns, out=None):
+    return x.take(columns, axis=1, mode="clip", out=out)  # twice as fast as x[:, columns]
 
 
 def _decision_metrics(tp, fn, fp, tn) -> dict[str, np.ndarray]:
@@ -647,10 +663,14 @@ class StopSignal:
         return self.name is not None
 
 
-def ignore_signals(worker_id: int = 0) -> None:
-    """For data workers (`worker_init_fn`): a signal to the whole job must not kill them while the run saves."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker_id: int = 0) -> None:
+    """For data workers (`worker_init_fn`): a signal to the whole job must not kill them while the run saves.
+
+    SIGTERM is also how a parent ends its workers, so it takes effect after half a minute.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 # ==== Checkpoints and weight files =============================================================================
@@ -1080,8 +1100,8 @@ def read_volume(
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
     except (
-        OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, RuntimeError, NotImplementedError,
-        zlib.error, zipfile.BadZipFile, isal_zlib.error, nib.spatialimages.HeaderDataError,
+        OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, RuntimeError, NotImplementedError, OverflowError,
+        zlib.error, zipfile.BadZipFile, tokenize.TokenError, isal_zlib.error, nib.spatialimages.HeaderDataError,
     ) as e:  # fmt: skip
         raise UserError(f"{path}: damaged or not what its name says: {' '.join(str(e).split())[:200]}") from e
     if spacing and found and not np.allclose(spacing, found, rtol=0.01):
@@ -1158,11 +1178,11 @@ def sample_volume(
 def _read_nifti(path: Path, cap: int, notes: list):
     """-> array (X, Y, Z), the directions of its axes, spacing (S, P, L), (slope, intercept) of the header."""
     with igzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        header = nib.Nifti1Header(file.read(348))
+        header = nib.Nifti1Header(_read_exactly(file, 348).tobytes(), check=False)
         shape = header.get_data_shape()
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
-        dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+        dtype, offset = header.get_data_dtype(), int(header["vox_offset"]) or 352
         _check_claim(shape, dtype, cap, "(X, Y, Z)", (3,))
         if header["magic"] != b"n+1" or not 348 <= offset <= 2**24:
             raise ValueError("not a one-file NIfTI-1")
@@ -1483,8 +1503,9 @@ class Progress:
         """Two lines: where the run stands, and how well it uses the machine."""
         per_step = sum(self.times) / max(1, len(self.times))
         left, spent = per_step * (self.max_steps - step), time.perf_counter() - self.start
+        short = f"{lr:.1e}".replace("e-0", "e-")
         line = (
-            f"Step {step}/{self.max_steps} (Epoch {step / self.steps_per_epoch:.1f}) | Loss: {loss:.4f} | LR: {lr:.1e}"
+            f"Step {step}/{self.max_steps} (Epoch {step / self.steps_per_epoch:.1f}) | Loss: {loss:.4f} | LR: {short}"
             f" | Time/Step: {per_step:.2f}s | ETA: {clock(left)} | Elapsed: {clock(spent)}"
         )
         waited = 100 * sum(self.waits) / max(1e-9, sum(self.times))
@@ -1610,11 +1631,13 @@ def run_main(main) -> int:
     except UserError as e:
         text = str(e).strip().splitlines()[-1]  # an error raised in a data worker arrives with the worker's traceback
         print(f"error: {text.removeprefix('common.UserError: ')}", file=sys.stderr)
-        return 2
+        code = 2
     except torch.OutOfMemoryError as e:
         print(
             f"error: out of GPU memory ({str(e).splitlines()[0]}) "
             "(halve --batch-size and double --accum-steps: the effective batch stays; or --grad-checkpointing)",
             file=sys.stderr,
         )
-        return 1
+        code = 1
+    gc.collect()  # ends the data workers that the failed run's frames still hold
+    return code

@@ -72,7 +72,7 @@ class Canvas:
         if turn:
             y, x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
         f = np.sqrt((z / radii[0]) ** 2 + (y / radii[1]) ** 2 + (x / radii[2]) ** 2)
-        cover = self.edge((f - 1) * radii.min(), soft) * (self.lung[box] if in_lung else 1)
+        cover = self.edge((f - 1) * radii.min(), soft) * (np.minimum(4 * self.lung[box], 1) if in_lung else 1)
         self.paint(weight * cover, hu, box)
 
     def tube(self, points, radii, hu, wall=0.0, wall_hu=0.0, in_lung=False):
@@ -86,7 +86,7 @@ class Canvas:
             t = np.clip(((z - p[0]) * d[0] + (y - p[1]) * d[1] + (x - p[2]) * d[2]) / (d @ d), 0, 1)
             off = (z - p[0] - t * d[0]) ** 2 + (y - p[1] - t * d[1]) ** 2 + (x - p[2] - t * d[2]) ** 2
             distance = np.sqrt(off) - (r + t * (s - r))
-            mask = self.lung[box] if in_lung else 1
+            mask = np.minimum(4 * self.lung[box], 1) if in_lung else 1
             if wall:
                 self.paint(self.edge(distance - wall) * mask, wall_hu, box)
             self.paint(self.edge(distance) * mask, hu, box)
@@ -121,7 +121,7 @@ def draw_anatomy(c, rng, heart, effusion):
     blood = u(32, 50) if rng.random() < 0.7 else u(80, 190)  # most scans are without contrast
     lung_hu, top = u(-880, -800), u(285, 300)
     taper = np.sqrt(np.clip(1 - (np.maximum(z - 95, 0) / (top - 95)) ** 2, 1e-3, 1))
-    a, b = u(118, 130) * taper**0.85, u(80, 90) * taper**0.7  # half width and depth of the rib cage (D, 1, 1)
+    a, b = u(126, 138) * taper**0.75, u(84, 94) * taper**0.6  # half width and depth of the rib cage (D, 1, 1)
     ring = np.sqrt((x / a) ** 2 + (y / b) ** 2)
     wall = (1 - ring) * np.minimum(a, b)  # mm inside the chest wall
     shoulder = 20 * np.clip((z - 200) / 80, 0, 1)
@@ -136,14 +136,14 @@ def draw_anatomy(c, rng, heart, effusion):
     c.paint(c.edge((body - 1) * 110 + 3), FAT + u(-10, 10))
     if rng.random() < 0.5:  # breasts
         for side in (-1, 1):
-            c.ellipsoid((135, -full_b - fat * 0.6, 68 * side), (48, 22 + fat / 2, 42), FAT)
-            c.ellipsoid((135, -full_b - fat * 0.8, 68 * side), (22, 10 + fat / 4, 20), 20, soft=10)
+            c.ellipsoid((135, -84 - muscle - fat, 68 * side), (48, 22 + fat / 2, 42), FAT)
+            c.ellipsoid((135, -88 - muscle - fat, 68 * side), (22, 10 + fat / 4, 20), 20, soft=10)
     inner = np.sqrt((x / full_a) ** 2 + ((y - 4) / full_b) ** 2)
     c.paint(c.edge((inner - 1) * 100), 52)
     gap = (inner - 1) * 100 + 6 + 5 * np.sin(np.arctan2(y, x) * 6)  # fat between the muscles
     c.paint(c.edge(np.abs(gap) - 1.5) * 0.6, FAT)
 
-    # ---- bones: ribs fall from back to front, scapulae, clavicles, sternum, spine
+    # ---- bones: ribs fall from back to front, scapulae, clavicles, sternum
     shell = c.edge(np.abs(ring * np.minimum(a, b) - np.minimum(a, b) - 6) - 4)
     phase = (z - 30 * (y / 86) + u(0, 27)) / 27 % 1
     c.paint(shell * c.edge((np.abs(phase - 0.5) - 0.2) * 27) * (z < 262), u(300, 480))
@@ -155,15 +155,6 @@ def draw_anatomy(c, rng, heart, effusion):
     for level, edge_y in zip(c.axes[0], front, strict=True):
         if 95 < level < 235:
             c.ellipsoid((level, edge_y, 0), (c.dz / 2, 6, 17), u(150, 200))
-    c.tube([(-20, 66, 0), (320, 60, 0)], 19, 280)
-    disc = np.clip(np.cos(2 * np.pi * (z / 25 + u(0, 1))) * 2 - 1, 0, 1)  # discs between the vertebrae
-    c.paint(c.edge(np.sqrt((y - 63) ** 2 + x**2) - 15) * (0.5 + 0.5 * disc), u(90, 190))
-    c.tube([(-20, 91, 0), (320, 86, 0)], 8, 25)  # spinal canal
-    for k in range(-1, 12):
-        zk = 25 * k + u(8, 18)
-        c.tube([(zk, 100, 0), (zk - 12, 118, 0)], 4, 350)
-        for side in (-1, 1):
-            c.tube([(zk, 84, 12 * side), (zk, 92, 36 * side)], 5, 330)
 
     # ---- cavity: mediastinal fat, abdomen under two domes, heart in its fat
     c.paint(c.edge(-wall), FAT)
@@ -195,6 +186,17 @@ def draw_anatomy(c, rng, heart, effusion):
     c.lung = c.lung * c.edge(26 - np.hypot(x, y - 64)) * c.edge(17 - np.hypot(x - 24, y - 44))
     c.paint(c.lung, lung_hu + u(0, 70) * (y / 80))
 
+    # ---- spine: vertebrae, discs, canal, processes
+    c.tube([(-20, 66, 0), (320, 60, 0)], 19, 280)
+    disc = np.clip(np.cos(2 * np.pi * (z / 25 + u(0, 1))) * 2 - 1, 0, 1)  # discs between the vertebrae
+    c.paint(c.edge(np.sqrt((y - 63) ** 2 + x**2) - 15) * (0.5 + 0.5 * disc), u(90, 190))
+    c.tube([(-20, 91, 0), (320, 86, 0)], 8, 25)  # spinal canal
+    for k in range(-1, 12):
+        zk = 25 * k + u(8, 18)
+        c.tube([(zk, 100, 0), (zk - 12, 118, 0)], 4, 350)
+        for side in (-1, 1):
+            c.tube([(zk, 84, 12 * side), (zk, 92, 36 * side)], 5, 330)
+
     # ---- chambers, great vessels, airways, oesophagus
     for dz, dy, dx, r, part in ((-6, -2, 24, 20, 1.0), (2, -16, -8, 20, 0.95), (10, 16, 2, 19, 1.0), (4, 2, -34, 17, 0.9)):
         at = centre + np.array([dz, dy, dx * heart])
@@ -220,7 +222,7 @@ def draw_anatomy(c, rng, heart, effusion):
     for line in bronchi:
         c.tube(line, (6.5, 5.0, 3.6, 2.6)[: len(line)], -970, wall=1.0, wall_hu=-250)
     return {"blood": blood, "centre": centre, "radii": radii, "turn": turn, "wall": wall, "height": height,
-            "bronchi": bronchi, "front": front, "aorta": r, "outside": full_b + fat}  # fmt: skip
+            "bronchi": bronchi, "front": front, "aorta": r}  # fmt: skip
 
 
 def tree(c, rng, hilum, side, blood):
@@ -229,7 +231,7 @@ def tree(c, rng, hilum, side, blood):
         out = np.array([1.1 * np.cos(angle), 0.75 * np.sin(angle), side * rng.uniform(0.5, 1.0)])
         mid = hilum + out * rng.uniform(28, 42)
         c.tube([hilum, mid], (4.2, 2.8), blood, in_lung=True)
-        for _ in range(2):
+        for _ in range(3):
             end = mid + (out + rng.normal(0, 0.35, 3)) * rng.uniform(28, 50)
             c.tube([mid, end], (2.6, 1.2), blood, in_lung=True)
 
@@ -309,9 +311,10 @@ def emphysema(c, rng, a):
 
 def atelectasis(c, rng, a):
     """Bands of airless lung above the diaphragm."""
+    turn = rng.uniform(-0.7, 0.7)
     for _ in range(rng.integers(2, 5)):
         at = c.spot(rng, (c.z > 55) & (c.z < 125) & (a["wall"] > 12) & (c.y > -30))
-        c.ellipsoid(at, (16, 4.5, rng.uniform(28, 42)), 20, in_lung=True, turn=rng.uniform(-0.9, 0.9))
+        c.ellipsoid(at, (16, 4.5, rng.uniform(28, 42)), 20, in_lung=True, turn=turn + rng.normal(0, 0.15))
 
 
 def lung_nodule(c, rng, a):
@@ -332,7 +335,7 @@ def fibrotic_sequela(c, rng, a):
     """Scars at the apex: strands towards the pleura and a thickened apical cap."""
     for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
         here = c.x * side > 0
-        c.paint(c.lung * here * np.clip((c.z - 232) / 12, 0, 1) * c.edge(a["wall"] - 10, 3), 20)
+        c.paint((c.lung > 0.02) * here * np.clip((c.z - 232) / 12, 0, 1) * c.edge(a["wall"] - 10, 3), 20)
         for _ in range(rng.integers(2, 4)):
             at = c.spot(rng, here & (c.z > 205) & (c.z < 262))
             c.ellipsoid(at, rng.uniform(4, 7, 3), 20, in_lung=True)
@@ -345,7 +348,7 @@ def pleural_effusion(c, rng, a):
     for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
         top, thick = rng.uniform(130, 200), rng.uniform(22, 48)
         depth = thick * np.clip((c.y + 35) / 80, 0, 1) * np.clip((top - c.z) / (top - 60), 0, 1) ** 0.7
-        cover = c.lung * (c.x * side > 0) * c.edge(a["wall"] - depth - 3) * (depth > 2)
+        cover = (c.lung > 0.02) * (c.x * side > 0) * c.edge(a["wall"] - depth - 3) * (depth > 2)
         c.paint(cover, rng.uniform(4, 18))
         c.lung = c.lung * (1 - cover)
 
@@ -366,7 +369,8 @@ def consolidation(c, rng, a):
     """One or two solid patches of a lobe with air in the bronchi."""
     for _ in range(rng.integers(1, 3)):
         at = c.spot(rng, (c.z > 80) & (c.z < 190) & (a["wall"] > 8) & (a["wall"] < 40))
-        c.ellipsoid(at, rng.uniform(22, 34, 3), 35, soft=6, in_lung=True)
+        for blob in at + rng.normal(0, 1, (6, 3)) * (14, 12, 12):
+            c.ellipsoid(blob, rng.uniform(11, 22, 3), 35, soft=5, in_lung=True)
         for _ in range(5):
             c.tube([at, at + rng.normal(0, 1, 3) * (14, 16, 16)], (2.8, 2.0), -850, in_lung=True)
 
@@ -383,11 +387,11 @@ def bronchiectasis(c, rng, a):
 
 def septal_thickening(c, rng, a):
     """A network of lines under the pleura."""
-    at, points, wave = c.waves(rng, 60, 6)
+    at, points, wave = c.waves(rng, 45, 8)
     cover = np.zeros(len(points), np.float32)
     for t in rng.uniform(0, 0.6) + np.array([0, 1.05, 2.1]):
-        along = (points @ np.array([0.25, np.sin(t), np.cos(t)], np.float32) + 3 * wave) / 17
-        cover = np.maximum(cover, c.edge(np.abs(along - np.round(along)) * 17 - 1.2))
+        along = (points @ np.array([0.25, np.sin(t), np.cos(t)], np.float32) + 4 * wave) / 18
+        cover = np.maximum(cover, c.edge(np.abs(along - np.round(along)) * 18 - 1.2))
     near = np.clip((34 - np.broadcast_to(a["wall"], c.hu.shape)[at]) / 8, 0, 1)
     c.paint(cover * near * c.lung[at] * 0.7, 0, at)
 
@@ -434,7 +438,7 @@ def draw_ct(seed, index, size=96, slices=24, labels=None):
     rngs = {name: np.random.default_rng([seed, index, 10 + k]) for k, name in enumerate(CT_RATE_LABELS)}
     rng = np.random.default_rng([seed, index, 1])
     scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, 3)  # this patient's mm in a standard mm (z, y, x)
-    fov, low, high = rng.uniform(355, 400), rng.uniform(-5, 12), rng.uniform(288, 300)
+    fov, low, high = rng.uniform(355, 400), rng.uniform(12, 30), rng.uniform(284, 296)
     shift = rng.normal(0, 4, 2)
     offsets = (np.arange(size) - (size - 1) / 2) * fov / size
     c = Canvas(np.linspace(low, high, slices), (offsets + shift[0]) / scale[1] + 4, (offsets + shift[1]) / scale[2])
@@ -455,5 +459,5 @@ def draw_ct(seed, index, size=96, slices=24, labels=None):
     grain = rng.uniform(0, 0.25)  # soft to sharp kernel
     noise[:, 1:-1] += grain * (noise[:, 2:] + noise[:, :-2])
     noise[:, :, 1:-1] += grain * (noise[:, :, 2:] + noise[:, :, :-2])
-    c.hu += noise * rng.uniform(8, 40)
+    c.hu += noise * rng.uniform(6, 28)
     return np.clip(np.rint(c.hu), -1024, 3071).astype(np.int16), spacing, labels

@@ -22,6 +22,7 @@ Writes into --output (or, where that ends in .json, to that file and its folder)
                               is defined (for auroc: n_defined of them)
                               metrics: auroc, auprc, f1, precision, recall, specificity, accuracy, brier, log_loss, ece
     overall                   crg (clinically relevant gain), exact_match
+                              0/0 in precision, recall and f1 is 0, as in scikit-learn (see positives and flagged)
     interval                  {method, level, n_resamples, seed}, or null with --no-bootstrap
     thresholds_source         where the thresholds come from; never from the scored cases
     failed                    [{id, reason}]
@@ -45,12 +46,13 @@ import pandas as pd
 from common import (
     UserError,
     bootstrap_intervals,
-    eval_threads,
+    choose_thresholds,
     file_sha256,
     json_safe,
     load_checkpoint,
     multilabel_metrics,
     parse_with_config,
+    prediction_table,
     process_group,
     run_main,
     versions,
@@ -61,49 +63,72 @@ from report import number, people, read_scores, warnings_of, write_report
 
 TASKS = {"siglip": "finetune_siglip"}  # task in the checkpoint -> the script that trained it
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
-OVERRIDES = ("csv", "split", "data_root", "batch_size", "num_workers")  # what a command line may change of the data
+OVERRIDES = ("csv", "split", "data_root", "metadata", "batch_size", "num_workers")  # of a checkpoint's arguments
 LEVEL = 0.95  # of the intervals
 
 
 # ==== Arguments ================================================================================================
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--predictions", type=Path, help="CSV with id and {label}_prob columns, instead of a checkpoint")
     group.add_argument("--labels", type=Path, help="CSV with id and label columns, for --predictions")
-    group.add_argument("--label-columns", nargs="+", help="labels to evaluate of --labels (none: all its columns)")
+    group.add_argument("--label-columns", nargs="+", metavar="NAME", help="labels of --labels to evaluate (all)")
     group.add_argument("--csv", type=Path, help="other data for the checkpoint, in the form its script reads")
-    group.add_argument("--split", help="split of the CSV to evaluate (none: the one the script evaluates)")
-    group.add_argument("--data-root", type=Path, help="folder that image paths start from, as for training")
+    group.add_argument("--split", help="rows of the CSV to evaluate (what the script evaluates)")
+    group.add_argument("--data-root", type=Path, help="folder img_path may not leave (as in training)")
+    group.add_argument("--metadata", type=Path, help="CSV of rescale slopes and intercepts (as in training)")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--threshold", type=float, help="probability from which a label counts as found, for all labels")
+    group.add_argument("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
     group.add_argument(
         "--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="confidence intervals over patients"
     )
     group.add_argument("--n-bootstrap", "--n_bootstrap", type=int, default=1000, help="resamples of the intervals")
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("--test-only", "--checkpoint", type=Path, help="checkpoint of one of the training scripts")
-    group = parser.add_argument_group("system")
+    group.add_argument("--test-only", "--checkpoint", type=Path, metavar="CKPT", help="checkpoint to evaluate")
     group.add_argument("--output", type=Path, default=Path("eval"), help="folder, or .json file, of the results")
-    group.add_argument("--batch-size", type=int, help="cases per forward pass (none: as in training)")
-    group.add_argument("--num-workers", type=int, help="data processes (none: as in training)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group = parser.add_argument_group("system")
+    group.add_argument("--batch-size", type=int, help="cases per process and forward pass (as in training)")
+    group.add_argument("--num-workers", type=int, help="data processes per rank (as in training)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
     group.add_argument("--seed", type=int, default=0, help="seed of the resamples")
-    group.add_argument("--config", help="YAML or INI file with defaults for these options")
-    args = parse_with_config(parser, argv)
+    group.add_argument("--config", type=Path, help="YAML or INI file of defaults, also that of the training script")
+    return parser
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    args = add_options(argparse.ArgumentParser(description=__doc__.splitlines()[0], **style)).parse_args(argv)
+    if args.config:
+        args = read_config(args, argv)
     if (args.test_only is None) == (args.predictions is None):
-        raise UserError("command line: give either --test-only CHECKPOINT or --predictions CSV --labels CSV")
+        raise UserError("command line: give either --test-only CKPT, or --predictions CSV and --labels CSV")
     if (args.predictions is None) != (args.labels is None):
         raise UserError("command line: --predictions and --labels go together")
+    if args.test_only and args.label_columns:
+        raise UserError("--label-columns: the labels of a checkpoint are fixed (the option is for --predictions)")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: not a probability (0 to 1)")
     if args.bootstrap and args.n_bootstrap < 2:
         raise UserError(f"--n-bootstrap {args.n_bootstrap}: at least 2 resamples (--no-bootstrap for none)")
     return args
+
+
+def read_config(args, argv) -> argparse.Namespace:
+    """Parse again with the defaults of --config. The file may be that of the training: its data keys are used, and its
+    other keys, which the checkpoint already holds, are not."""
+    parents = []
+    if args.test_only:
+        parents = [script_of(load_checkpoint(args.test_only), args.test_only).build_parser()]
+        for action in parents[0]._actions:
+            action.default, action.required = argparse.SUPPRESS, False
+    parser = argparse.ArgumentParser(parents=parents, conflict_handler="resolve", add_help=False, allow_abbrev=False)
+    merged = parse_with_config(add_options(parser), argv)
+    unused = [name for name in vars(merged) if name not in vars(args)]
+    if unused:
+        print(f"{args.config}: not used, the checkpoint has its own: {', '.join(unused)}")
+    return merged
 
 
 # ==== Cases: what is scored ====================================================================================
@@ -130,75 +155,75 @@ class Cases:
 def cases_of_files(args) -> Cases:
     """Cases of --predictions and --labels."""
     ids, groups, targets, probs, class_names = read_scores(args.predictions, args.labels, args.label_columns)
-    thresholds, source = choose_thresholds(args.threshold, None, class_names)
-    files = {
-        name: {"file": str(p), "sha256": file_sha256(p)}
-        for name, p in vars(args).items()
-        if name in ("predictions", "labels")
-    }
-    evaluated, on = args.predictions.name, args.labels.name
-    return Cases(ids, groups, class_names, targets, probs, {}, thresholds, source, evaluated, on, [], files)
+    thresholds, source = choose_thresholds(args.threshold, {})
+    return Cases(
+        ids=ids,
+        groups=groups,
+        class_names=class_names,
+        targets=targets,
+        probs=probs,
+        failed={},
+        thresholds=np.full(len(class_names), thresholds),
+        thresholds_source=source,
+        evaluated=args.predictions.name,
+        evaluated_on=args.labels.name,
+        notes=[],
+        files={"predictions": file_facts(args.predictions), "labels": file_facts(args.labels)},
+    )
+
+
+def script_of(saved: dict, path: Path):
+    """The module of the script that wrote a checkpoint."""
+    if saved.get("task") not in TASKS:
+        raise UserError(f"{path}: of the unknown task '{saved.get('task')}' (known: {', '.join(TASKS)})")
+    return importlib.import_module(TASKS[saved["task"]])
 
 
 def cases_of_checkpoint(args, ctx) -> Cases:
     """Run the checkpoint's model over its data; every rank returns the same cases."""
-    checkpoint = load_checkpoint(args.test_only)
-    if checkpoint["task"] not in TASKS:
-        raise UserError(f"{args.test_only}: task '{checkpoint['task']}' is not known (one of {', '.join(TASKS)})")
-    script = importlib.import_module(TASKS[checkpoint["task"]])
-    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    task_args = script.args_from_checkpoint(checkpoint, overrides)
+    saved = load_checkpoint(args.test_only)
+    script = script_of(saved, args.test_only)
+    given = {name: getattr(args, name) for name in OVERRIDES}
+    task_args = script.args_from_checkpoint(saved, **given, on_bad_sample="skip")
     dataset = script.build_eval_dataset(task_args)
-    model = script.build_eval_model(checkpoint, task_args, ctx.device)
-    with eval_threads(ctx.device):
-        out = script.predict(model, dataset, ctx)
-    probs = np.asarray(out["probs"], np.float64)
-    reasons = out.get("failed", {})
-    failed = {
-        dataset.ids[i]: reasons.get(dataset.ids[i], "not readable") for i in np.flatnonzero(np.isnan(probs).any(1))
-    }
-    class_names = list(dataset.class_names)
-    thresholds, source = choose_thresholds(args.threshold, checkpoint.get("thresholds"), class_names)
-    csv, split = task_args.csv, task_args.split
-    same_csv = str(csv) == str(checkpoint["args"]["csv"])
+    out = script.predict(script.build_eval_model(saved, task_args, ctx.device), dataset, ctx, "prediction")
+    thresholds, source = choose_thresholds(args.threshold, saved)
+    csv, trained_on = task_args.csv, saved["args"].get("csv")
     notes = []
-    if same_csv and split == "val":
+    if trained_on and csv.resolve() == Path(trained_on).resolve() and task_args.split == "val":
+        chosen = "the model" if args.threshold is not None else "the model and its thresholds"
         notes.append(
-            "These are the validation cases that chose the model"
-            + ("" if args.threshold is not None else " and its thresholds")
-            + " while training, so the numbers are too good; a test split (--split test) or another CSV (--csv) is fair"
+            f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
+            "of new patients (--split or --csv for cases that training has not seen)"
         )
-    elif same_csv and split == "train":
-        notes.append("These are the cases the model was trained on: the numbers say nothing about new patients")
-    files = {
-        "checkpoint": {"file": str(args.test_only), "sha256": file_sha256(args.test_only)},
-        "step": checkpoint.get("state", {}).get("step"),
-        "csv": {"file": str(csv), "sha256": file_sha256(csv)},
-        "trained_with": checkpoint.get("versions"),
-    }
+    elif trained_on and csv.resolve() == Path(trained_on).resolve() and task_args.split == "train":
+        notes.append("The model was trained on these cases: the numbers say nothing about new patients")
     return Cases(
         ids=list(dataset.ids),
         groups=list(dataset.groups),
-        class_names=class_names,
+        class_names=list(dataset.class_names),
         targets=np.asarray(dataset.targets, np.float64),
-        probs=probs,
-        failed=failed,
-        thresholds=thresholds,
+        probs=out["probs"],
+        failed={dataset.ids[i]: why_failed(dataset, i) for i in out["failed"]},
+        thresholds=np.full(len(dataset.class_names), thresholds),
         thresholds_source=source,
         evaluated=args.test_only.name,
-        evaluated_on=f"split '{split}' of {Path(csv).name}",
+        evaluated_on=f"split '{task_args.split}' of {csv.name}",
         notes=notes,
-        files=files,
+        files={"checkpoint": file_facts(args.test_only), "csv": file_facts(csv), "trained_with": saved["versions"]},
     )
 
 
-def choose_thresholds(explicit, stored, class_names) -> tuple[np.ndarray, str]:
-    """(K,) thresholds and where they come from: the command line, else the checkpoint, else 0.5."""
-    if explicit is not None:
-        return np.full(len(class_names), explicit), f"{explicit:g} for all labels, from --threshold"
-    if stored is not None:
-        return np.array([stored[name] for name in class_names], float), "per label, stored in the checkpoint"
-    return np.full(len(class_names), 0.5), "0.5 for all labels, the default"
+def why_failed(dataset, index: int) -> str:
+    try:
+        dataset.load(index)
+        return "it can be read, but the model's output is not a number"
+    except UserError as e:
+        return str(e)
+
+
+def file_facts(path: Path) -> dict:
+    return {"file": str(path), "sha256": file_sha256(path)}
 
 
 # ==== Numbers ==================================================================================================
@@ -276,13 +301,11 @@ def git_commit() -> str | None:
 def write_outputs(results: dict, cases: Cases, results_path: Path) -> None:
     """predictions.csv, labels.csv, report.html, and last results.json: where it stands, the rest is complete."""
     folder = results_path.parent
-    predictions, labels = {"id": cases.ids}, {"id": cases.ids, "patient_id": cases.groups}
+    labels = {"id": cases.ids, "patient_id": cases.groups}
     for k, name in enumerate(cases.class_names):
-        p, y = cases.probs[:, k], cases.targets[:, k]
-        predictions[f"{name}_prob"] = p
-        predictions[f"{name}_pred"] = pd.array(np.where(np.isnan(p), pd.NA, p >= cases.thresholds[k]), "Int64")
-        labels[name] = pd.array(np.where(np.isnan(y), pd.NA, y), "Int64")
-    write_csv(folder / "predictions.csv", pd.DataFrame(predictions))
+        labels[name] = pd.Series(cases.targets[:, k]).astype("Int64")
+    predictions = prediction_table(cases.ids, cases.probs, cases.class_names, cases.thresholds)
+    write_csv(folder / "predictions.csv", predictions)
     write_csv(folder / "labels.csv", pd.DataFrame(labels))
     write_report(folder / "report.html", results, cases.targets, cases.probs)
     write_atomic(results_path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -328,7 +351,7 @@ def main(argv=None) -> int:
         raise UserError(f"{results_path.parent}: could not be made: {e.strerror} (choose another --output)") from e
     results = score(cases, args.n_bootstrap if args.bootstrap else 0, args.seed)
     results["provenance"] = cases.files | {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "thresholds": cases.thresholds_source,
         "seed": args.seed,

@@ -980,14 +980,15 @@ def predict(model, dataset, ctx, say=None) -> dict:
     padded = index + [index[-1]] * (-len(index) % size)
     keys = [[(0, i) for i in padded[b : b + size]] for b in range(0, len(padded), size)]
     loader = DataLoader(
-        dataset, batch_sampler=keys, num_workers=args.num_workers, worker_init_fn=common.ignore_signals,
+        dataset, batch_sampler=keys, num_workers=args.num_workers, worker_init_fn=common.outlive_signals,
         timeout=60 * args.timeout_minutes if args.num_workers else 0, pin_memory=ctx.device.type == "cuda",
     )  # fmt: skip
     rows = []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
-            out = torch.cat([model.classifier(features).float(), weights.float()], 1).cpu()  # (size, K + S)
+            logits = torch.cat([model.classifier(f[None]) for f in features])  # by row: a batch's digits depend on place
+            out = torch.cat([logits.float(), weights.float()], 1).cpu()  # (size, K + S)
             rows.append(torch.where(batch["bad"][:, None] > 0, math.nan, out))
     rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)  # (n, K + S)
     logits, weights = rows.split([len(dataset.class_names), rows.shape[1] - len(dataset.class_names)], 1)
@@ -1076,7 +1077,7 @@ def train(args, ctx):
         model.compile()
     net, epoch = None, -1
     loader = DataLoader(
-        train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=common.ignore_signals,
+        train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=common.outlive_signals,
         timeout=60 * args.timeout_minutes if args.num_workers else 0, pin_memory=ctx.device.type == "cuda",
     )  # fmt: skip
     batches = iter(loader)

@@ -40,24 +40,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from common import (
-    CT_RATE_LABELS,
-    MAX_VOXELS,
-    RESCALE_COLUMNS,
-    SPACING_COLUMNS,
-    VOLUME_SUFFIXES,
-    UserError,
-    group_of,
-    label_array,
-    need_columns,
-    read_table,
-    read_volume,
-    run_main,
-    sample_volume,
-    volume_options,
-    write_atomic,
-    write_csv,
-)
+import common
+from common import UserError
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNKNOWN = {"-1": "", "-1.0": "", "nan": "", "NaN": ""}  # other signs for an unknown label; we write an empty cell
@@ -76,10 +60,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = command.add_argument
     add("--nifti-dir", type=Path, required=True, help="folder searched for .nii.gz and .nii at any depth")
     add("--labels", type=Path, help="CSV with VolumeName and the 18 labels: 0, 1, or empty for unknown")
-    add("--unlabelled", choices=["error", "keep"], default="error", help="a volume without a row in --labels: an error, "
-        "or kept with all labels unknown")  # fmt: skip
-    add("--split-column", help="column of --labels or --metadata with train, val or test (default: the names begin with "
-        "train_ or valid_)")  # fmt: skip
+    add("--unlabelled", choices=["error", "keep"], default="error", help="a volume that has no row in --labels: "
+        "an error, or kept with all labels unknown")  # fmt: skip
+    add("--split-column", help="column of --labels or --metadata with train, val or test (without it, names "
+        "begin with train_ or valid_)")  # fmt: skip
     add("--compress", action=argparse.BooleanOptionalAction, default=True, help="deflate the npz files (half the size)")
     add_reading(command)
     add_output(command, "the npz files and all_ct_wlabels.csv")
@@ -108,11 +92,11 @@ def add_reading(command) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = command.add_argument
     add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept[, XYSpacing, ZSpacing]")
-    add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of .npz and .npy files: depth first (S, P, L), "
-        "or depth last (R, A, S) as the original SigLIP tool wrote them")  # fmt: skip
-    add("--value-range", choices=["auto", "hu", "unit", "stored"], default="auto", help="what the values are: detect it, "
-        "HU, 0-1 (HU = 2500 v - 1000), or scanner values that the metadata rescales")  # fmt: skip
-    add("--max-voxels", type=int, default=MAX_VOXELS, help="a file whose header claims more voxels is refused")
+    add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of .npz and .npy files: depth first "
+        "(S, P, L), or depth last (R, A, S) as the original SigLIP tool wrote them")  # fmt: skip
+    add("--value-range", choices=["auto", "hu", "unit", "stored"], default="auto", help="what the values are: "
+        "detect it, HU, 0-1 (HU = 2500 v - 1000), or scanner values that the metadata rescales")  # fmt: skip
+    add("--max-voxels", type=int, default=common.MAX_VOXELS, help="a file whose header claims more voxels is refused")
     add("--num-workers", type=int, default=cores, help="processes; 0 works in this one")
 
 
@@ -128,7 +112,7 @@ def add_output(command, what: str) -> None:
 def volume_name(name: str) -> str:
     """'train/train_1_a_1.nii.gz' -> 'train_1_a_1'."""
     name = name.rsplit("/", 1)[-1].strip()
-    suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), "")
+    suffix = next((s for s in common.VOLUME_SUFFIXES if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
 
@@ -136,8 +120,8 @@ def rows_by_name(path: Path | None, columns=()) -> dict[str, dict]:
     """Rows of a CSV with a column VolumeName, by that name without its extension."""
     if path is None:
         return {}
-    table = read_table(path)
-    need_columns(table, ["VolumeName", *columns], path)
+    table = common.read_table(path)
+    common.need_columns(table, ["VolumeName", *columns], path)
     names = table["VolumeName"].map(volume_name)
     if names.duplicated().any():
         raise UserError(f"{path}: {names[names.duplicated()].iloc[0]} has two rows (delete one)")
@@ -145,23 +129,23 @@ def rows_by_name(path: Path | None, columns=()) -> dict[str, dict]:
 
 
 def metadata_options(metadata: dict, name: str, path: Path) -> dict:
-    """`rescale` and `spacing` for `read_volume` from the volume's row of the metadata CSV."""
+    """`rescale` and `spacing` for `common.read_volume` from the volume's row of the metadata CSV."""
     if name not in metadata:
         raise UserError(f"{path}: no row for {name} (add it, or leave --metadata away if the files hold HU)")
     row = dict(metadata[name])
     in_plane = re.findall(r"[\d.eE+-]+", row.get("XYSpacing", ""))  # the text "[0.68, 0.68]"
     if in_plane and row.get("ZSpacing", "").strip():
-        row |= dict(zip(SPACING_COLUMNS, [row["ZSpacing"], in_plane[-1], in_plane[0]], strict=True))
+        row |= dict(zip(common.SPACING_COLUMNS, [row["ZSpacing"], in_plane[-1], in_plane[0]], strict=True))
     try:
-        return volume_options(row)
+        return common.volume_options(row)
     except UserError as e:
         raise UserError(f"{path}: {name}: {e}") from e
 
 
 def read_training_csv(path: Path) -> pd.DataFrame:
     """The CSV of a training set as text; series_id is unique and neither it nor a path is empty."""
-    table = read_table(path)
-    need_columns(table, ["series_id", "split", "img_path"], path)
+    table = common.read_table(path)
+    common.need_columns(table, ["series_id", "split", "img_path"], path)
     for column in ("series_id", "img_path"):
         empty = table[column].str.strip() == ""
         if empty.any():
@@ -171,11 +155,11 @@ def read_training_csv(path: Path) -> pd.DataFrame:
 
 def csv_jobs(args, table: pd.DataFrame) -> list[dict]:
     """One job, {id, source, options}, per row of a training CSV."""
-    metadata = rows_by_name(args.metadata, RESCALE_COLUMNS)
+    metadata = rows_by_name(args.metadata, common.RESCALE_COLUMNS)
     jobs = []
     for number, row in enumerate(table.to_dict("records"), start=2):
         try:
-            options = reading_options(args) | volume_options(row)
+            options = reading_options(args) | common.volume_options(row)
         except UserError as e:
             raise UserError(f"{args.csv}: row {number}: {e}") from e
         if args.metadata:
@@ -195,9 +179,7 @@ def output_names(ids, suffix: str) -> list[str]:
     twice = [n for n, count in Counter(names).items() if count > 1]
     if twice:
         same = [i for i, n in zip(ids, names, strict=True) if n == twice[0]]
-        raise UserError(
-            f"series_id {', '.join(map(repr, same[:3]))}: the same output file {twice[0]} (ids must differ)"
-        )
+        raise UserError(f"series_id {', '.join(same[:3])}: the same output file {twice[0]} (ids must differ)")
     return names
 
 
@@ -292,36 +274,33 @@ def job_key(job: dict) -> dict:
 def is_whole(path: Path, record: dict) -> bool:
     """Whether an output is still there, of the size that was written, and opens."""
     try:
-        if path.stat().st_size != record["output_bytes"]:
-            return False
-        if path.suffix == ".npz":
-            return zipfile.is_zipfile(path)
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array.dtype == np.int16 and list(array.shape) == record["shape"]
-    except (OSError, ValueError, KeyError):
+        np.load(path, mmap_mode="r", allow_pickle=False)  # the header of an .npy, the directory of an .npz
+        return path.stat().st_size == record["output_bytes"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return False
 
 
 def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dict, str]]]:
     """Run `convert` on the jobs that progress.jsonl does not show as done -> records by series_id, failures."""
     journal = args.out / "progress.jsonl"
-    records, waiting, keys, done = {}, [], {}, {}
-    failed = [(job, f"{job['source']}: no such file") for job in jobs if not os.path.isfile(job["source"])]
-    if failed and args.on_bad_sample == "fail":
-        raise UserError(f"{failed[0][1]} ({len(failed)} of {len(jobs)} volumes are missing)")
+    done, keys, records, waiting, failed = {}, {}, {}, [], []
     for line in journal.read_text().splitlines() if journal.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run may be half
             entry = json.loads(line)
             done[entry["key"]["id"]] = entry
-    missing = {job["id"] for job, _ in failed}
     for job in jobs:
-        if job["id"] not in missing:
-            key, entry = job_key(job), done.get(job["id"])
-            if entry and entry["key"] == key and is_whole(Path(job["output"]), entry["record"]):
-                records[job["id"]] = entry["record"]
-            else:
-                waiting.append(job)
-                keys[job["id"]] = key
+        if not os.path.isfile(job["source"]):
+            failed.append((job, f"{job['source']}: no such file"))
+            continue
+        if os.path.realpath(job["source"]) == os.path.realpath(job["output"]):
+            raise UserError(f"{job['source']}: would be overwritten by its own copy (choose another --out)")
+        keys[job["id"]], entry = job_key(job), done.get(job["id"])
+        if entry and entry["key"] == keys[job["id"]] and is_whole(Path(job["output"]), entry["record"]):
+            records[job["id"]] = entry["record"]
+        else:
+            waiting.append(job)
+    if failed and args.on_bad_sample == "fail":
+        raise UserError(f"{failed[0][1]} ({len(failed)} of {len(jobs)} volumes are missing)")
     if records:
         print(f"{len(records)} of {len(jobs)} volumes are there already", file=sys.stderr)
 
@@ -352,12 +331,12 @@ def grouped_notes(records: dict[str, dict]) -> dict[str, list[str]]:
 
 def convert(job: dict) -> dict:
     """Read one volume, sample it if asked, write it as .npy or .npz -> its shape, spacing, notes and bytes."""
-    volume = read_volume(job["source"], **job["options"])
+    volume = common.read_volume(job["source"], **job["options"])
     array, spacing, output = volume.array, volume.spacing, Path(job["output"])
     if "sample" in job:
         slices, size, slice_spacing = job["sample"]
         try:
-            array = sample_volume(volume.array, spacing, slices, size, slice_spacing)
+            array = common.sample_volume(volume.array, spacing, slices, size, slice_spacing)
         except UserError as e:
             raise UserError(f"{job['source']}: {e}") from e
         if spacing:
@@ -365,19 +344,18 @@ def convert(job: dict) -> dict:
             spacing = (slice_spacing or spacing[0] * depth / slices, spacing[1] * side / size, spacing[2] * side / size)
             spacing = tuple(round(s, 6) for s in spacing)
     if output.suffix == ".npy":
-        write_atomic(output, lambda file: np.save(file, array, allow_pickle=False))
+        common.write_atomic(output, lambda file: np.save(file, array, allow_pickle=False))
     else:
         arrays = {"image": array[None]} | ({"spacing": np.array(spacing, np.float32)} if spacing else {})
-        write_atomic(output, lambda file: write_npz(file, arrays, job["compress"]))
+        common.write_atomic(output, lambda file: write_npz(file, arrays, job["compress"]))
     record = {"shape": list(array.shape), "spacing": spacing and list(spacing), "notes": list(volume.notes)}
     return record | {"output_bytes": output.stat().st_size}
 
 
 def write_npz(file, arrays: dict, compress: bool) -> None:
     """np.savez with the fastest deflate: a quarter of the time of np.savez_compressed, files a few percent larger."""
-    with zipfile.ZipFile(
-        file, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED, compresslevel=1
-    ) as archive:
+    method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", method, compresslevel=1) as archive:
         for name, array in arrays.items():
             with archive.open(name + ".npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
@@ -390,7 +368,7 @@ def finish(args, failed: list[tuple[dict, str]], written: int) -> int:
         bad.unlink(missing_ok=True)
         return 0
     rows = [{"series_id": job["id"], "path": job["source"], "error": message} for job, message in failed]
-    write_csv(bad, pd.DataFrame(rows))
+    common.write_csv(bad, pd.DataFrame(rows))
     print(f"{len(failed)} volumes failed, {written} are written: see {bad}", file=sys.stderr)
     return 3
 
@@ -421,9 +399,12 @@ def split_of(name: str, row: dict, column: str | None) -> str:
 
 def run_volumes(args) -> int:
     found = find_volumes(args.nifti_dir)
-    labels, metadata = rows_by_name(args.labels, CT_RATE_LABELS), rows_by_name(args.metadata, RESCALE_COLUMNS)
+    labels, metadata = (
+        rows_by_name(args.labels, common.CT_RATE_LABELS),
+        rows_by_name(args.metadata, common.RESCALE_COLUMNS),
+    )
     if args.labels:
-        label_array(pd.DataFrame(labels.values()), CT_RATE_LABELS, args.labels)
+        common.label_array(pd.DataFrame(labels.values()), common.CT_RATE_LABELS, args.labels)
         absent = [name for name in found if name not in labels]
         if absent and args.unlabelled == "error":
             raise UserError(
@@ -442,12 +423,13 @@ def run_volumes(args) -> int:
         source, output = str(path), str(args.out / file)
         jobs.append({"id": name, "source": source, "output": output, "options": options, "compress": args.compress})
         row = metadata.get(name, {}) | labels.get(name, {})
-        values = {c: row.get(c, "").strip() for c in CT_RATE_LABELS}
+        values = {c: row.get(c, "").strip() for c in common.CT_RATE_LABELS}
         values = {c: UNKNOWN.get(v, v) for c, v in values.items()}
         rows.append({"series_id": name, "split": split_of(name, row, args.split_column), "img_path": file, **values})
     with output_folder(args.out):
         records, failed = convert_all(args, jobs)
-        write_csv(args.out / "all_ct_wlabels.csv", pd.DataFrame([r for r in rows if r["series_id"] in records]))
+        table = pd.DataFrame(rows)
+        common.write_csv(args.out / "all_ct_wlabels.csv", table[table["series_id"].isin(records.keys())])
         return finish(args, failed, len(records))
 
 
@@ -468,12 +450,12 @@ def run_cache(args) -> int:
             job["sample"] = [args.num_slices, args.image_size, args.slice_spacing]
     with output_folder(args.out):
         records, failed = convert_all(args, jobs)
-        table = table.assign(img_path=files).drop(columns=list(RESCALE_COLUMNS), errors="ignore")  # applied
-        for axis, column in enumerate(SPACING_COLUMNS):
+        table = table.assign(img_path=files).drop(columns=list(common.RESCALE_COLUMNS), errors="ignore")  # applied
+        for axis, column in enumerate(common.SPACING_COLUMNS):
             table[column] = [(records.get(i, {}).get("spacing") or [""] * 3)[axis] for i in table["series_id"]]
-        for column in set(CT_RATE_LABELS) & set(table.columns):
+        for column in set(common.CT_RATE_LABELS) & set(table.columns):
             table[column] = table[column].str.strip().replace(UNKNOWN)
-        write_csv(args.out / "volumes.csv", table[table["series_id"].isin(records.keys())])
+        common.write_csv(args.out / "volumes.csv", table[table["series_id"].isin(records.keys())])
         return finish(args, failed, len(records))
 
 
@@ -481,13 +463,13 @@ def run_cache(args) -> int:
 
 
 def inspect(job: dict) -> dict:
-    volume = read_volume(job["source"], **job["options"])
+    volume = common.read_volume(job["source"], **job["options"])
     return {"shape": list(volume.array.shape), "spacing": volume.spacing, "notes": list(volume.notes)}
 
 
 def label_report(table: pd.DataFrame, columns: list[str], path: Path) -> tuple[list[str], list[str]]:
     """Lines of the table positives / negatives / unknowns per split, and warnings."""
-    values, splits = label_array(table, columns, path), sorted(set(table["split"]))
+    values, splits = common.label_array(table, columns, path), sorted(set(table["split"]))
     width = max(map(len, columns))
     lines, cells, warnings = [" " * width], {c: f"{c:{width}}" for c in columns}, []
     for split in splits:
@@ -499,7 +481,7 @@ def label_report(table: pd.DataFrame, columns: list[str], path: Path) -> tuple[l
         for word, count in (("positive", counts[0]), ("negative", counts[1])):
             none = [c for c, n in zip(columns, count, strict=True) if n == 0]
             if none:
-                warnings.append(f"{split}: no {word} for {len(none)} labels, so no AUROC there: {', '.join(none)}")
+                warnings.append(f"{split}: no {word} for {len(none)} labels, so no AUROC: {', '.join(none[:3])} ...")
     return lines + list(cells.values()), warnings
 
 
@@ -518,33 +500,34 @@ def table_problems(table: pd.DataFrame, jobs: list[dict], path: Path) -> tuple[l
     for split in ("train", "val"):
         if split not in set(table["split"]):
             warnings.append(f"no row with split {split}")
-    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(group_of)
+    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(common.group_of)
     for patient, part in table.groupby(patients):
         if part["split"].nunique() > 1:
             errors.append(f"{path}: patient {patient} is in {' and '.join(sorted(set(part['split'])))} (results leak)")
-    errors += [
-        f"{job['source']}: no such file (row of {job['id']})" for job in jobs if not os.path.isfile(job["source"])
-    ]
+    gone = [job for job in jobs if not os.path.isfile(job["source"])]
+    errors += [f"{job['source']}: no such file (volume {job['id']})" for job in gone]
     return errors, warnings
 
 
 def run_check(args) -> int:
     table = read_training_csv(args.csv)
     jobs = csv_jobs(args, table)
-    columns = args.label_columns or [c for c in CT_RATE_LABELS if c in table.columns]
+    columns = args.label_columns or [c for c in common.CT_RATE_LABELS if c in table.columns]
     if not columns:
         raise UserError(f"{args.csv}: none of the 18 CT-RATE labels is a column (name yours with --label-columns)")
     errors, warnings = table_problems(table, jobs, args.csv)
     lines, label_warnings = label_report(table, columns, args.csv)
-    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(group_of)
+    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(common.group_of)
     print(f"{args.csv}: {len(table)} volumes of {patients.nunique()} patients", *lines, sep="\n")
     warnings += label_warnings
     if args.read:
         records = {}
         there = [job for job in jobs if os.path.isfile(job["source"])]
-        failed = run_jobs(
-            inspect, there, args.num_workers, "check", lambda job, r: records.update({job["id"]: r}), "skip"
-        )
+
+        def keep(job, record):
+            records[job["id"]] = record
+
+        failed = run_jobs(inspect, there, args.num_workers, "check", keep, "skip")
         errors += [message for _, message in failed]
         print(*volume_report(records), sep="\n")
         for note, names in grouped_notes(records).items():
@@ -594,4 +577,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(common.run_main(main))

@@ -14,7 +14,6 @@ import html
 import io
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from common import UserError, calibration_bins, label_array, need_columns, read_table, run_main, write_atomic
+from common import UserError, calibration_bins, group_of, label_array, need_columns, read_table, run_main, write_atomic
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
 FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
@@ -47,12 +46,6 @@ FIGURE_STYLE = {
 # ==== Files ====================================================================================================
 
 
-def patient_of(case: str) -> str:
-    """The patient of a case id: `train_1` of the CT-RATE form `train_1_a_1`, else the id itself."""
-    match = re.fullmatch(r"((?:train|valid)_\d+)_[a-z]+_\d+(?:\.nii\.gz)?", case)
-    return match[1] if match else case
-
-
 def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
     """Two CSV files -> ids, groups, targets, probs, class_names, in the order of the labels file.
 
@@ -61,16 +54,17 @@ def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
     `class_names` chooses labels and their order; by default every column must have its partner. Ids in `failed` may
     have no probability. targets (n, K) float64 with NaN for unknown, probs (n, K) float64. Raises UserError.
     """
-    left, right = read_table(predictions), read_table(labels)
+    left, right = _read_plain(predictions), _read_plain(labels)
     if class_names is None:
         class_names = [c for c in right.columns if c not in ("id", "patient_id")]
-        scored = [c.removesuffix("_prob") for c in left.columns if c.endswith("_prob")]
-        _need_partner(scored, class_names, f"{predictions}: column '{{}}_prob' has no label column in {labels}")
-        _need_partner(class_names, scored, f"{labels}: column '{{}}' has no '{{}}_prob' in {predictions}")
+        need_columns(right, [c.removesuffix("_prob") for c in left.columns if c.endswith("_prob")], labels)
+    for name in class_names:
+        if f"{name}_prob" not in left.columns:
+            near = difflib.get_close_matches(f"{name}_prob", list(left.columns), 1, 0.7)
+            hint = f"did you mean '{near[0]}'?" if near else "--label-columns chooses the labels to evaluate"
+            raise UserError(f"{labels}: column '{name}' has no '{name}_prob' in {predictions} ({hint})")
     for table, path in ((left, predictions), (right, labels)):
         need_columns(table, ["id"], path)
-        # what write_csv put before a cell that a spreadsheet would run as a formula
-        table["id"] = table["id"].str.replace(r"^'(?=[=+\-@\t\r])", "", regex=True)
         twice = table["id"][table["id"].duplicated()]
         if len(twice):
             raise UserError(
@@ -80,7 +74,6 @@ def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
     _need_ids(left["id"], right["id"], f"{labels}: has no row for", f"of {predictions}")
 
     columns = [f"{name}_prob" for name in class_names]
-    need_columns(left, columns, predictions)
     probs = left[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     bad = ~((probs >= 0) & (probs <= 1)) & ~left["id"].isin(failed).to_numpy()[:, None]
     if bad.any():
@@ -90,16 +83,18 @@ def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
     probs = probs[pd.Index(left["id"]).get_indexer(right["id"])]
     targets = label_array(right, class_names, labels).astype(np.float64)
     ids = list(right["id"])
-    groups = list(right["patient_id"]) if "patient_id" in right else [patient_of(i) for i in ids]
+    patients = right["patient_id"] if "patient_id" in right else [""] * len(ids)
+    groups = [patient or group_of(case) for patient, case in zip(patients, ids, strict=True)]
     return ids, groups, targets, probs, list(class_names)
 
 
-def _need_partner(names, others, message: str) -> None:
-    for name in names:
-        if name not in others:
-            near = difflib.get_close_matches(name, others, 1, 0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "--label-columns chooses the labels to evaluate"
-            raise UserError(f"{message.replace('{}', name)} ({hint})")
+def _read_plain(path: Path) -> pd.DataFrame:
+    """A table without the quotes that write_csv puts before text which a spreadsheet would run as a formula."""
+    table, quote = read_table(path), r"^'(?=[=+\-@\t\r])"
+    table.columns = table.columns.str.replace(quote, "", regex=True)
+    for column in {"id", "patient_id"} & set(table.columns):
+        table[column] = table[column].str.replace(quote, "", regex=True)
+    return table
 
 
 def _need_ids(wanted: pd.Series, there: pd.Series, message: str, of: str) -> None:
@@ -340,7 +335,7 @@ dt { font-weight: 600; } dd { margin: 0; max-width: 78ch; }
   table { font-size: 8.5pt; } th, td { padding: 2.5pt 4pt; } small { font-size: 7.5pt; } .tile b { font-size: 18pt; }
   th:first-child, td:first-child { min-width: 80pt; } .mark { width: 62pt; height: 13.5pt; }
   thead { display: table-header-group; } .scroll { overflow: visible; } figcaption { font-size: 8.5pt; }
-  tr, .tile, .warnings, figure { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
+  p, tr, .tile, .warnings, figure { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
   .grid { gap: 10pt 8pt; }
 }
 """
@@ -419,14 +414,12 @@ def table_section(results: dict) -> str:
 <th>Threshold</th></tr></thead><tbody>{rows}</tbody><tbody class="total">{totals}</tbody></table></div></section>"""
 
 
-def facts(tree: dict, before: str = ""):
-    """Leaves of nested provenance as (name, text)."""
-    for key, value in tree.items():
-        name = f"{before}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            yield from facts(value, f"{name}: ")
-        else:
-            yield name, "not known" if value is None else value
+def fact(name: str, value) -> str:
+    """A row of the provenance table."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{k} {v}" for k, v in value.items())
+    text = "not known" if value is None else value
+    return f"<tr><td>{esc(name.replace('_', ' '))}</td><td>{esc(text)}</td></tr>"
 
 
 def headline(results: dict) -> str:
@@ -454,7 +447,7 @@ def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarr
         warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
     reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
     figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS)
-    origin = "".join(f"<tr><td>{esc(k)}</td><td>{esc(v)}</td></tr>" for k, v in facts(results["provenance"]))
+    origin = "".join(fact(name, value) for name, value in results["provenance"].items())
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{CSP}">

@@ -91,3 +91,11 @@ def tiny_args(folder, out, *more):
         "--label-columns", *LABELS, "--num-slices", 6, "--image-size", 24, "--batch-size", 4, "--epochs", 3,
         "--lr", "1e-3", "--num-workers", 0, "--output-dir", out, "--log-interval", 1, *more,
     ]  # fmt: skip
+
+
+@pytest.fixture
+def shell_env() -> dict:
+    """Environment for shell scripts in which `python`, `python3` and `torchrun` are those that run the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    names = ("CSV_FILE", "PRETRAINED_PATH", "OUTPUT_BASE_DIR", "NUM_GPUS", "SEED", "WANDB_MODE", "WANDB_API_KEY")
+    return {k: v for k, v in os.environ.items() if k not in names} | {"PATH": path, "OMP_NUM_THREADS": "1"}

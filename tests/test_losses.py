@@ -414,9 +414,10 @@ def rank_main(rank, world, folder):
         if GOLDEN.is_dir():
             out[loss, "features"] = feature_gradients(slice(rank * 16 // world, (rank + 1) * 16 // world), loss)
     x = torch.full((2, 3), float(rank)).t().contiguous().t().requires_grad_()  # not contiguous
-    gathered = gather_with_grad(x)
+    gathered, seen = gather_with_grad(x), []
+    gathered.register_hook(seen.append)
     (gathered * torch.arange(2.0 * world)[:, None] * (rank + 1)).sum().backward()
-    out["gathered"], out["gathered_grad"] = gathered.detach(), x.grad
+    out["gathered"], out["gathered_grad"], out["own_grad"] = gathered.detach(), x.grad, seen[0]
     common.gather_with_grad = plain_gather
     out["plain gather"] = tower_gradients(DistributedDataParallel, image[rows], text[rows], "clip")
     torch.save(out, f"{folder}/{rank}.pt")
@@ -443,6 +444,8 @@ def test_ranks_equal_one_process(world, tmp_path):
         factor = world * (world + 1) / 2
         expected = factor * torch.tensor([2.0 * rank, 2.0 * rank + 1])[:, None].expand(-1, 3)
         torch.testing.assert_close(out["gathered_grad"], expected)
+        own = (rank + 1) * torch.arange(2.0 * world)[:, None].expand(-1, 3)  # summed over ranks in a copy, not in place
+        torch.testing.assert_close(out["own_grad"], own)
 
     for loss in ("clip", "siglip"):
         single = tower_gradients(lambda towers: towers, *random_inputs(), loss)

@@ -1,0 +1,321 @@
+"""evaluate.py: two CSV files or a checkpoint -> numbers equal to scikit-learn, complete files, one-line errors."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LABELS, run, tiny_args
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+import common
+import evaluate
+
+NAMES = ["Cardiomegaly", "Lung nodule", "never", "macro"]  # 'macro' must not be taken for the average
+
+
+def make_files(folder, n=200, seed=0, **changes):
+    """predictions and labels of four labels: one rare, one never positive, some unknown; two scans of each patient."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, 4)) < [0.4, 0.1, 0, 0.3]).astype(float)
+    p = np.round(1 / (1 + np.exp(-(rng.normal(size=(n, 4)) + 1.5 * y - 1))), 3)
+    unknown = rng.random((n, 4)) < 0.1
+    ids = [f"valid_{i // 2}_a_{i % 2 + 1}" for i in range(n)]
+    labels = pd.DataFrame(y.astype(int).astype(str), columns=NAMES).mask(unknown, "").assign(id=ids)
+    labels.loc[0, "Cardiomegaly"] = "-1"
+    unknown[0, 0] = True
+    predictions = pd.DataFrame(p, columns=[f"{name}_prob" for name in NAMES]).assign(id=ids)
+    for change in changes.values():
+        predictions, labels = change(predictions, labels)
+    predictions.to_csv(folder / "preds.csv", index=False)
+    labels.to_csv(folder / "labels.csv", index=False)
+    return np.where(unknown, np.nan, y), p
+
+
+def score(folder, *words, code=0):
+    """evaluate.py on the two files of a folder, in this process -> results.json."""
+    words = [
+        "--predictions",
+        folder / "preds.csv",
+        "--labels",
+        folder / "labels.csv",
+        "--output",
+        folder / "eval",
+        *words,
+    ]
+    assert common.run_main(lambda: evaluate.main([str(w) for w in words])) == code
+    return json.loads((folder / "eval" / "results.json").read_text()) if code == 0 else None
+
+
+def without_provenance(results):
+    return {k: v for k, v in results.items() if k != "provenance"}
+
+
+# ---- two CSV files ----
+
+
+def test_two_files_end_to_end(tmp_path):
+    """As a user calls it; the numbers are scikit-learn's, label by label and on average."""
+    y, p = make_files(tmp_path)
+    done = run("evaluate.py", "--predictions", tmp_path / "preds.csv", "--labels", tmp_path / "labels.csv",
+               "--output", tmp_path / "eval", "--threshold", 0.4)  # fmt: skip
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert {f.name for f in (tmp_path / "eval").iterdir()} == {
+        "results.json",
+        "predictions.csv",
+        "labels.csv",
+        "report.html",
+    }
+    assert "Thresholds: 0.4" in done.stdout and "undefined" in done.stdout and "macro" in done.stdout
+    assert "no positive case" in done.stderr
+
+    expected = {"auroc": [], "auprc": [], "f1": []}
+    for k, name in enumerate(NAMES):
+        known, row = ~np.isnan(y[:, k]), results["per_label"][name]
+        t, s = y[known, k], p[known, k]
+        assert (row["n"], row["positives"], row["threshold"]) == (known.sum(), t.sum(), 0.4)
+        assert row["f1"] == pytest.approx(f1_score(t, s >= 0.4, zero_division=0), abs=1e-12)
+        expected["f1"].append(row["f1"])
+        if name == "never":
+            assert row["auroc"] is row["auprc"] is row["auroc_low"] is None
+            continue
+        assert row["auroc"] == pytest.approx(roc_auc_score(t, s), abs=1e-12)
+        assert row["auprc"] == pytest.approx(average_precision_score(t, s), abs=1e-12)
+        assert row["auroc_low"] < row["auroc"] < row["auroc_high"]
+        expected["auroc"].append(row["auroc"]), expected["auprc"].append(row["auprc"])
+    for metric, values in expected.items():
+        assert results["macro"][metric] == pytest.approx(np.mean(values), abs=1e-12)
+    known = ~np.isnan(y)
+    assert results["micro"]["auroc"] == pytest.approx(roc_auc_score(y[known], p[known]), abs=1e-12)
+    assert (results["n"], results["n_patients"], results["macro"]["n_defined"]) == (200, 100, 3)
+    assert results["provenance"]["predictions"]["sha256"] == common.file_sha256(tmp_path / "preds.csv")
+    written = pd.read_csv(tmp_path / "eval" / "predictions.csv")
+    assert list(written.columns[:3]) == ["id", "Cardiomegaly_prob", "Cardiomegaly_pred"]
+    assert (written["macro_pred"] == (p[:, 3] >= 0.4)).all()
+
+
+def test_order_of_rows_changes_nothing(tmp_path):
+    make_files(tmp_path)
+    first = score(tmp_path, "--n-bootstrap", 20)
+    make_files(tmp_path, shuffle=lambda p, t: (p.sample(frac=1, random_state=1), t.sample(frac=1, random_state=2)))
+    assert without_provenance(score(tmp_path, "--n-bootstrap", 20)) == without_provenance(first)
+
+
+def test_its_own_files_give_the_same_numbers(tmp_path):
+    """predictions.csv and labels.csv are complete, also with names that a spreadsheet would run."""
+
+    def formulas(p, t):
+        p, t = p.rename(columns={"macro_prob": "=1+1_prob"}), t.rename(columns={"macro": "=1+1"})
+        p["id"], t["id"] = "=" + p["id"], "=" + t["id"]
+        return p, t.assign(patient_id="@" + t["id"].str[:9])
+
+    make_files(tmp_path, formulas=formulas)
+    first = score(tmp_path, "--n-bootstrap", 20)
+    text = (tmp_path / "eval" / "predictions.csv").read_text()
+    assert "\n'=valid" in text and ",'=1+1_prob" in text and "\n=" not in text and ",=" not in text
+    (tmp_path / "eval" / "predictions.csv").rename(tmp_path / "preds.csv")
+    (tmp_path / "eval" / "labels.csv").rename(tmp_path / "labels.csv")
+    again = score(tmp_path, "--n-bootstrap", 20)
+    assert again["per_label"] == first["per_label"] and "=1+1" in again["per_label"]
+    assert again["n_patients"] == first["n_patients"]
+
+
+def test_output_forms_and_bootstrap_switches(tmp_path):
+    make_files(tmp_path)
+    score(tmp_path)
+    plain = score(tmp_path, "--no-bootstrap", "--threshold", 0.5)
+    assert plain["interval"] is None and not any(k.endswith("_low") for k in plain["per_label"]["Cardiomegaly"])
+    assert "_low" not in json.dumps(without_provenance(plain))
+    score(tmp_path, "--output", tmp_path / "deep" / "er" / "numbers.json", "--bootstrap", "--n_bootstrap", 7)
+    assert {f.name for f in (tmp_path / "deep" / "er").iterdir()} == {
+        "numbers.json", "predictions.csv", "labels.csv", "report.html"}  # fmt: skip
+    assert json.loads((tmp_path / "deep" / "er" / "numbers.json").read_text())["interval"]["n_resamples"] == 7
+    (tmp_path / "c.yaml").write_text("n-bootstrap: 9\nevaluation:\n  threshold: 0.3\n")
+    chosen = score(tmp_path, "--config", tmp_path / "c.yaml", "--threshold", 0.2)
+    assert chosen["interval"]["n_resamples"] == 9 and chosen["per_label"]["never"]["threshold"] == 0.2
+
+
+def test_patients_are_resampled_together(tmp_path):
+    """Every case written four times: intervals over patients stay, intervals over cases would halve."""
+    make_files(tmp_path, n=150)
+    one = score(tmp_path)["per_label"]["Cardiomegaly"]
+
+    def four_times(p, t):
+        t = t.assign(patient_id=t["id"].map(common.group_of))
+        return tuple(pd.concat([x.assign(id=x["id"] + f"x{i}") for i in range(4)]) for x in (p, t))
+
+    make_files(tmp_path, n=150, four=four_times)
+    four = score(tmp_path)
+    assert four["n"] == 600 and four["n_patients"] == 75
+    width = [row["auroc_high"] - row["auroc_low"] for row in (one, four["per_label"]["Cardiomegaly"])]
+    assert width[1] == pytest.approx(width[0], rel=0.02)
+
+
+def edit(table, row, column, value):
+    table = table.astype(object)
+    table.loc[row, column] = value
+    return table
+
+
+MISTAKES = {
+    "missing": (lambda p, t: (p.drop(index=[3, 4]), t), "preds.csv: has no row for 2 ids of .*labels.csv: 'valid_1_a"),
+    "extra": (lambda p, t: (p, t.drop(index=5)), "labels.csv: has no row for 1 id of .*preds.csv: 'valid_2_a_2'"),
+    "twice": (lambda p, t: (pd.concat([p, p[:1]]), t), "preds.csv: row 202: id 'valid_0_a_1' comes twice"),
+    "range": (lambda p, t: (edit(p, 7, "never_prob", 1.2), t), "row 9, column 'never_prob': '1.2' is no probability"),
+    "nan": (lambda p, t: (edit(p, 7, "never_prob", "nan"), t), "row 9, column 'never_prob': 'nan' is no probability"),
+    "empty": (lambda p, t: (edit(p, 7, "never_prob", ""), t), "row 9, column 'never_prob': '' is no probability"),
+    "formula": (lambda p, t: (edit(p, 0, "never_prob", "=1/2"), t), "row 2, column 'never_prob': '=1/2' is no prob"),
+    "label": (lambda p, t: (p, edit(t, 2, "never", "yes")), "labels.csv: row 4, column 'never': 'yes' is no label"),
+    "typo": (lambda p, t: (p.rename(columns={"never_prob": "nevr_prob"}), t), "'nevr' is missing .*mean 'never'"),
+    "no_prob": (lambda p, t: (p.drop(columns="never_prob"), t), "column 'never' has no 'never_prob' in .*preds.csv"),
+    "meta": (lambda p, t: (p, t.assign(split="val")), "column 'split' has no 'split_prob'.*--label-columns"),
+    "no_id": (lambda p, t: (p.rename(columns={"id": "series"}), t), "preds.csv: column 'id' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes_are_one_line(tmp_path, capsys, kind):
+    change, message = MISTAKES[kind]
+    make_files(tmp_path, change=change)
+    score(tmp_path, code=2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--labels", "x.csv"], "either --test-only CKPT, or --predictions"),
+        (["--predictions", "x.csv"], "--predictions and --labels go together"),
+        (["--predictions", "no.csv", "--labels", "no.csv"], "no.csv: no such file"),
+        (["--predictions", "a.csv", "--labels", "b.csv", "--threshold", "3"], "not a probability"),
+        (["--predictions", "a.csv", "--labels", "b.csv", "--n-bootstrap", "0"], "--no-bootstrap"),
+        (["--test-only", "no.pth"], "no.pth: no such checkpoint"),
+        (["--test-only", "a.pth", "--label-columns", "x"], "the labels of a checkpoint are fixed"),
+    ],
+)
+def test_wrong_commands_are_one_line(capsys, words, message):
+    assert common.run_main(lambda: evaluate.main(words)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_label_columns_choose(tmp_path):
+    make_files(tmp_path, extra=lambda p, t: (p, t.assign(split="val")))
+    results = score(tmp_path, "--label-columns", "macro", "Cardiomegaly", "--no-bootstrap")
+    assert list(results["per_label"]) == ["macro", "Cardiomegaly"]
+    assert results["per_label"]["macro"]["auroc"] != results["macro"]["auroc"]
+
+
+def test_output_that_cannot_be_made(tmp_path, capsys):
+    make_files(tmp_path)
+    (tmp_path / "file").write_text("")
+    score(tmp_path, "--output", tmp_path / "file" / "eval", code=2)
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---- a checkpoint ----
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_ct, tmp_path_factory):
+    """best_model.pth of a run of seconds."""
+    out = tmp_path_factory.mktemp("run")
+    run(*tiny_args(tiny_ct, out, "--epochs", 1))
+    return out / "best_model.pth"
+
+
+def test_checkpoint(trained, tiny_ct, tmp_path, capsys):
+    """Nothing but the checkpoint is needed; its thresholds are used; the validation split is called what it is."""
+    words = ["--test-only", str(trained), "--device", "cpu", "--n-bootstrap", "50"]
+    assert evaluate.main([*words, "--output", str(tmp_path / "val")]) == 0
+    results = json.loads((tmp_path / "val" / "results.json").read_text())
+    saved = common.load_checkpoint(trained)
+    assert [results["per_label"][name]["threshold"] for name in LABELS] == saved["thresholds"]
+    assert "checkpoint" in results["thresholds_source"] and results["evaluated_on"] == "split 'val' of t.csv"
+    assert "chose the model and its thresholds" in results["notes"][0] and results["n"] == 7
+    assert results["provenance"]["checkpoint"]["sha256"] == common.file_sha256(trained)
+    assert evaluate.main([*words, "--output", str(tmp_path / "t"), "--split", "test", "--threshold", "0.5"]) == 0
+    results = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert results["notes"] == [] and results["n"] == 3 and results["per_label"]["first"]["threshold"] == 0.5
+
+    files = ["--predictions", tmp_path / "val" / "predictions.csv", "--labels", tmp_path / "val" / "labels.csv"]
+    assert evaluate.main([*map(str, files), "--no-bootstrap", "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    first = json.loads((tmp_path / "val" / "results.json").read_text())
+    assert all(again["per_label"][name]["auroc"] == first["per_label"][name]["auroc"] for name in LABELS)
+
+
+def test_ranks_agree(trained, tmp_path):
+    outputs = []
+    for world in (1, 2):
+        run(
+            "evaluate.py",
+            "--checkpoint",
+            trained,
+            "--output",
+            tmp_path / f"{world}" / "r.json",
+            "--device",
+            "cpu",
+            world=world,
+        )
+        outputs.append(pd.read_csv(tmp_path / f"{world}" / "predictions.csv", index_col="id"))
+    pd.testing.assert_frame_equal(*outputs, rtol=0, atol=1e-6)
+
+
+def test_training_config_serves(trained, tiny_ct, tmp_path, capsys):
+    """The file of a training run: data keys are used, the rest is named, and a misspelt key is an error."""
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data:\n  csv: {tiny_ct / 't.csv'}\n  num_workers: 0\ntrain:\n  learning_rate: 1.0e-3\n")
+    words = ["--checkpoint", str(trained), "--config", str(config), "--output", str(tmp_path / "e"), "--no-bootstrap"]
+    assert evaluate.main([*words, "--device", "cpu"]) == 0
+    assert "not used, the checkpoint has its own: lr" in capsys.readouterr().out
+    config.write_text("learning_rat: 3\n")
+    assert common.run_main(lambda: evaluate.main(words)) == 2
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+def test_unreadable_cases_are_listed(trained, tiny_ct, tmp_path, capsys):
+    """Exit code 3; the case stays in every file, without a number, and the others keep theirs."""
+    table = pd.read_csv(tiny_ct / "t.csv")
+    table["img_path"] = [str(tiny_ct / p) for p in table["img_path"]]
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    rows = table.index[table["split"] == "val"]
+    table.loc[rows[1], "img_path"], table.loc[rows[3], "img_path"] = (
+        str(tmp_path / "bad.npz"),
+        str(tmp_path / "gone.npz"),
+    )
+    table.to_csv(tmp_path / "t.csv", index=False)
+    words = [
+        "--test-only",
+        str(trained),
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--output",
+        str(tmp_path / "e"),
+        "--device",
+        "cpu",
+    ]
+    assert common.run_main(lambda: evaluate.main(words)) == 3
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    failed = {f["id"]: f["reason"] for f in results["failed"]}
+    assert list(failed) == [table["series_id"][rows[1]], table["series_id"][rows[3]]]
+    assert "bad.npz" in failed[table["series_id"][rows[1]]] and "no such file" in failed[table["series_id"][rows[3]]]
+    assert results["n"] == 7 and results["per_label"]["first"]["n"] == 5
+    assert "2 of 7 cases failed to load" in capsys.readouterr().err
+    predictions = pd.read_csv(tmp_path / "e" / "predictions.csv")
+    assert (
+        len(predictions) == 7 and predictions["first_prob"].isna().tolist() == [False, True, False, True] + [False] * 3
+    )
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "2 of 7 cases failed to load" in page
+
+
+def test_checkpoint_of_another_task(tmp_path, capsys):
+    common.save_checkpoint(tmp_path / "x.pth", {"task": "weather", "model": {"w": torch.zeros(1)}})
+    assert common.run_main(lambda: evaluate.main(["--test-only", str(tmp_path / "x.pth")])) == 2
+    assert "unknown task 'weather'" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""report.py: one self-contained, escaped page that says what is undefined and opens in a browser."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run
+
+import common
+import evaluate
+import report
+
+EVIL = "<script>alert(1)</script>"
+CHROMIUM = "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Folder of an evaluation: one good label, one named like an attack, one without positives, one with three."""
+    folder = tmp_path_factory.mktemp("report")
+    rng, n = np.random.default_rng(0), 120
+    y = np.stack([rng.random(n) < 0.4, rng.random(n) < 0.3, np.zeros(n), np.arange(n) < 3], 1).astype(int)
+    p = 1 / (1 + np.exp(-(rng.normal(size=y.shape) + 2 * y - 1)))
+    names, ids = ["Cardiomegaly", EVIL, "never", "few & far"], [f"case{i}" for i in range(n)]
+    pd.DataFrame(y, columns=names).assign(id=ids).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame(p, columns=[f"{c}_prob" for c in names]).assign(id=ids).to_csv(folder / "preds.csv", index=False)
+    words = ["--predictions", folder / "preds.csv", "--labels", folder / "labels.csv", "--output", folder / "eval"]
+    assert evaluate.main([*map(str, words), "--n-bootstrap", "50"]) == 0
+    return folder / "eval"
+
+
+@pytest.fixture(scope="module")
+def page(evaluated):
+    return (evaluated / "report.html").read_text()
+
+
+def test_nothing_from_outside_and_no_script(page):
+    """No address, no script, no handler; the policy forbids them besides."""
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    assert "<script" not in page and html.escape(EVIL) in page and "few &amp; far" in page
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<iframe|javascript:| on\w+=", page, re.I)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in re.findall(r'src="([^"]*)"', page))
+    assert len(page) < 5e6
+
+
+def test_figures_hold_no_foreign_text(page):
+    """Label names stay in the HTML, where they are escaped; the figures are plain SVG."""
+    figures = re.findall(r'<figure><img src="data:image/svg\+xml;base64,([^"]+)" alt="([^"]+)">', page)
+    assert len(figures) == 3 + 3 + 4 + 4  # curves need both classes, diagrams and histograms do not
+    for data, _ in figures:
+        svg = base64.b64decode(data).decode()
+        assert svg.startswith("<svg") and "script" not in svg and "alert" not in svg
+    assert sum("Cardiomegaly" in alt for _, alt in figures) == 4
+
+
+def test_undefined_and_warnings(page, evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert results["per_label"]["never"]["auroc"] is None
+    row = page[page.index("<tr><td>never") :]
+    row = row[: row.index("</tr>")]
+    assert row.count(">undefined<") == 2 and "0/0" in row  # AUROC and AUPRC; recall
+    assert "with no positive case" in page and "3 of 4 labels" in page
+    assert "Fewer than 10" in page and "few &amp; far (3)" in page
+    assert "Not drawn: never (no positive case)" in page
+
+
+def test_numbers_and_intervals_are_those_of_the_results(page, evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    row = results["per_label"]["Cardiomegaly"]
+    assert f"AUROC {row['auroc']:.3f} [{row['auroc_low']:.3f}–{row['auroc_high']:.3f}]" in page
+    assert f"<b>{results['macro']['auroc']:.3f}</b>" in page
+    assert results["provenance"]["labels"]["sha256"] in page
+
+
+def test_rebuilt_from_files_it_is_the_same_page(page, evaluated, tmp_path):
+    run("report.py", "--results", evaluated / "results.json", "--predictions", evaluated / "predictions.csv",
+        "--labels", evaluated / "labels.csv", "--out", tmp_path / "r.html")  # fmt: skip
+    assert (tmp_path / "r.html").read_text() == page
+
+
+def test_wrong_files_are_one_line(evaluated, tmp_path, capsys):
+    files = ["--predictions", str(evaluated / "predictions.csv"), "--labels", str(evaluated / "labels.csv")]
+    (tmp_path / "r.json").write_text("[]")
+    for name, message in (("r.json", "not a results file"), ("no.json", "No such file")):
+        assert common.run_main(lambda n=name: report.main(["--results", str(tmp_path / n), *files])) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_failed_cases_come_first():
+    row = {"n": 5, "positives": 0, "auroc": None}
+    results = {
+        "failed": [{"id": "<b>", "reason": "no such file"}], "n": 6, "notes": ["These are the validation cases"],
+        "per_label": {"a": row, "b": {**row, "positives": 5}, "c": {**row, "n": 0}}, "interval": None,
+    }  # fmt: skip
+    said = report.warnings_of(results)
+    assert said[0] == "1 of 6 cases failed to load and are in no number: <b> (no such file)"
+    assert said[1] == "These are the validation cases"
+    assert [re.search(r"with (no [^(]+) \(", s)[1] for s in said[2:5]] == [
+        "no positive case", "no negative case", "no case with a known label"]  # fmt: skip
+    assert "--no-bootstrap" in said[-1]
+
+
+@pytest.mark.skipif(not shutil.which(CHROMIUM), reason=f"needs {CHROMIUM}")
+def test_opens_in_chromium(evaluated, tmp_path):
+    """No console message, every figure drawn, and it prints to PDF."""
+    from PIL import Image
+
+    def chromium(*words, profile):
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += " --disable-component-update --disable-sync --enable-logging=stderr --hide-scrollbars"
+        command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / profile}", *words]
+        done = subprocess.run(
+            [*command, (evaluated / "report.html").as_uri()], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr[-2000:]
+
+    chromium(f"--screenshot={tmp_path / 's.png'}", "--window-size=1280,3600", profile="a")
+    pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
+    blue = (abs(pixels - (0x00, 0x72, 0xB2)).sum(2) < 12).sum(axis=1)  # curves, rows of the picture
+    orange = (abs(pixels - (0xD5, 0x5E, 0x00)).sum(2) < 12).sum(axis=1)
+    assert (blue > 0).sum() > 500 and (orange > 0).sum() > 250  # without the figures: 26 and 127
+    chromium(f"--print-to-pdf={tmp_path / 'p.pdf'}", "--no-pdf-header-footer", profile="b")
+    pdf = (tmp_path / "p.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and len(pdf) > 30_000
