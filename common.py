@@ -1100,8 +1100,8 @@ def read_volume(
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
     except (
-        OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, RuntimeError, NotImplementedError, OverflowError,
-        zlib.error, zipfile.BadZipFile, tokenize.TokenError, isal_zlib.error, nib.spatialimages.HeaderDataError,
+        OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, RuntimeError, OverflowError, zlib.error,
+        zipfile.BadZipFile, tokenize.TokenError, isal_zlib.error, nib.spatialimages.HeaderDataError,
     ) as e:  # fmt: skip
         raise UserError(f"{path}: damaged or not what its name says: {' '.join(str(e).split())[:200]}") from e
     if spacing and found and not np.allclose(spacing, found, rtol=0.01):
@@ -1129,6 +1129,63 @@ def volume_options(row: dict) -> dict:
             except ValueError as e:
                 raise UserError(f"{', '.join(columns)}: {cells} are not all numbers") from e
     return options
+
+
+def volume_name(name: str) -> str:
+    """'train/train_1_a_1.nii.gz' -> 'train_1_a_1'."""
+    name = name.rsplit("/", 1)[-1].strip()
+    suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def rows_by_name(path: Path | None, columns=()) -> dict[str, dict]:
+    """Rows of a CSV with a column VolumeName, by that name without its extension."""
+    if path is None:
+        return {}
+    table = read_table(path)
+    need_columns(table, ["VolumeName", *columns], path)
+    names = table["VolumeName"].map(volume_name)
+    if names.duplicated().any():
+        raise UserError(f"{path}: {names[names.duplicated()].iloc[0]} has two rows (delete one)")
+    return dict(zip(names, table.to_dict("records"), strict=True))
+
+
+def metadata_options(metadata: dict, name: str, path: Path) -> dict:
+    """`rescale` and `spacing` for `read_volume` from the volume's row of the metadata CSV (CT-RATE's columns)."""
+    if name not in metadata:
+        raise UserError(f"{path}: no row for {name} (add it, or leave --metadata away if the files hold HU)")
+    row = dict(metadata[name])
+    in_plane = re.findall(r"[\d.eE+-]+", row.get("XYSpacing", ""))  # the text "[0.68, 0.68]"
+    if in_plane and row.get("ZSpacing", "").strip():
+        row |= dict(zip(SPACING_COLUMNS, [row["ZSpacing"], in_plane[-1], in_plane[0]], strict=True))
+    try:
+        return volume_options(row)
+    except UserError as e:
+        raise UserError(f"{path}: {name}: {e}") from e
+
+
+def volume_sources(table: pd.DataFrame, csv: Path, metadata: Path | None = None, root: Path | None = None) -> list:
+    """(path, arguments of `read_volume`) of each row of a training CSV, read by `read_table` from `csv`.
+
+    Paths are relative to the CSV's folder, or to `root`, which they may then not leave.
+    """
+    known, sources = rows_by_name(metadata, RESCALE_COLUMNS), []
+    for number, row in zip(table.index + 2, table.to_dict("records"), strict=True):
+        text = row["img_path"].strip()
+        if not text:
+            raise UserError(f"{csv}: row {number}: img_path is empty")
+        path = (root or Path(csv).parent) / text
+        if root and not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{csv}: row {number}: {text} leads out of --data-root {root}")
+        try:
+            options = volume_options(row)
+        except UserError as e:
+            raise UserError(f"{csv}: row {number}: {e}") from e
+        if metadata:
+            name = volume_name(text)
+            options |= metadata_options(known, name if name in known else row["series_id"], metadata)
+        sources.append((path, options))
+    return sources
 
 
 def group_of(series_id: str) -> str:
@@ -1162,9 +1219,8 @@ def sample_volume(
         )
     else:
         index = np.floor(depth / 2 + (step - num_slices / 2) * (slice_spacing / spacing[0])).astype(int)
-    inside = (index >= 0) & (index < depth)
-    slices = np.full((num_slices, height, width), AIR, np.int16)
-    slices[inside] = array[index[inside]]
+    slices = np.asarray(array[index.clip(0, depth - 1)])
+    slices[(index < 0) | (index >= depth)] = AIR
     if (height, width) == (h, w):
         return slices
     tall, wide = max(height, math.ceil(width * h / w)), max(width, math.ceil(height * w / h))
@@ -1322,7 +1378,7 @@ def _hu_scaling(path, array, value_range, rescale, scaling, notes) -> tuple[floa
             sample = sample * rescale[0] + rescale[1]
     values = _without_padding(sample)
     low, high = np.percentile(values, (1, 99))
-    if low >= -10 and high > 600:
+    if low >= -100 and high > 600:
         notes.append("warning: looks like stored values, not HU (give RescaleSlope and RescaleIntercept)")
     elif not _is_ct(sample):
         notes.append("warning: hardly anything is denser than air, or the zero is shifted")
@@ -1331,8 +1387,8 @@ def _hu_scaling(path, array, value_range, rescale, scaling, notes) -> tuple[floa
 
 def _without_padding(sample: np.ndarray) -> np.ndarray:
     """The sample without the constant that scanners put around a round field of view (-2000, -3024, -8192 HU)."""
-    rest = sample[sample > sample.min()]
-    padded = rest.size and sample.min() < -1100 and np.percentile(rest, 5) - sample.min() > 500
+    low, rest = sample.min(), sample[sample > sample.min()]
+    padded = low < -1100 and rest.size > 0.55 * sample.size and np.percentile(rest, 5) - low > 500
     return rest if padded else sample.ravel()
 
 
@@ -1343,8 +1399,8 @@ def _is_ct(sample: np.ndarray) -> bool:
 
 
 def _is_hu(sample: np.ndarray) -> bool:
-    """A chest with values well below 0: stored values begin at 0 (air), padding aside."""
-    return _is_ct(sample) and np.percentile(_without_padding(sample), 1) < -50
+    """A chest with values well below 0: stored values begin near 0 (air), padding aside."""
+    return _is_ct(sample) and np.percentile(_without_padding(sample), 1) < -100
 
 
 def _to_int16(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -119,7 +119,7 @@ def draw_anatomy(c, rng, heart, effusion):
     x, y, z, u = c.x, c.y, c.z, rng.uniform
     fat, muscle = u(5, 30), u(9, 15)
     blood = u(32, 50) if rng.random() < 0.7 else u(80, 190)  # most scans are without contrast
-    lung_hu, top = u(-880, -800), u(285, 300)
+    lung_hu, top = u(-850, -780), u(285, 300)
     taper = np.sqrt(np.clip(1 - (np.maximum(z - 95, 0) / (top - 95)) ** 2, 1e-3, 1))
     a, b = u(126, 138) * taper**0.75, u(84, 94) * taper**0.6  # half width and depth of the rib cage (D, 1, 1)
     ring = np.sqrt((x / a) ** 2 + (y / b) ** 2)
@@ -230,10 +230,10 @@ def tree(c, rng, hilum, side, blood):
     for angle in np.linspace(0, 2 * np.pi, 13)[:-1] + rng.uniform(-0.2, 0.2, 12):
         out = np.array([1.1 * np.cos(angle), 0.75 * np.sin(angle), side * rng.uniform(0.5, 1.0)])
         mid = hilum + out * rng.uniform(28, 42)
-        c.tube([hilum, mid], (4.2, 2.8), blood, in_lung=True)
+        c.tube([hilum, mid], (4.2, 2.6), blood, in_lung=True)
         for _ in range(3):
             end = mid + (out + rng.normal(0, 0.35, 3)) * rng.uniform(28, 50)
-            c.tube([mid, end], (2.6, 1.2), blood, in_lung=True)
+            c.tube([mid, end], (2.4, 1.0), blood, in_lung=True)
 
 
 # ==== Chest CT: the 18 findings, in the order of CT_RATE_LABELS ================================================
@@ -248,43 +248,41 @@ def on_heart(a, direction):
 
 
 def medical_material(c, rng, a):
-    """A port with its catheter, a pacemaker with its lead, or sternal wires with a valve ring."""
-    kind, skin = rng.integers(3), np.interp(222, c.axes[0], a["front"]) - 13
-    cava = [(246, -42, -42), (236, -15, -27), (140, -8, -30)]
-    if kind == 0:
-        c.ellipsoid((222, skin, -74), (12, 7, 13), 2600)
-        c.tube([(222, skin, -74), *cava], 2.6, 2300)
-    elif kind == 1:
-        c.ellipsoid((222, skin, 80), (22, 8, 22), 3000)
-        c.tube([(222, skin, 80), (246, -42, 42), *cava[1:], on_heart(a, (-0.3, -0.3, 0.8))], 2.6, 2600)
+    """A port with its catheter or a pacemaker with its lead; often sternal wires and a valve ring as well."""
+    skin = np.interp(222, c.axes[0], a["front"]) - 13
+    cava = [(236, -15, -27), (140, -8, -30)]
+    if rng.random() < 0.5:
+        c.ellipsoid((222, skin, -76), (18, 8, 16), 2800)
+        c.tube([(222, skin, -76), (246, -42, -42), *cava], 3.2, 2500)
     else:
+        c.ellipsoid((222, skin, 80), (24, 9, 24), 3000)
+        c.tube([(222, skin, 80), (246, -42, 42), *cava, on_heart(a, (-0.3, -0.3, 0.8))], 3.2, 2600)
+    if rng.random() < 0.5:
         for z in np.arange(105, 235, c.dz):
             y = np.interp(z, c.axes[0], a["front"])
-            c.tube([(z, y - 5, -9), (z, y - 7, 9)], 2.6, 2600)
+            c.tube([(z, y - 5, -9), (z, y - 7, 9)], 2.8, 2600)
         for t in np.linspace(0, 2 * np.pi, 9):
-            p = a["centre"] + (10 * np.sin(t), 12 * np.cos(t) - 4, 14 * np.sin(t))
-            c.ellipsoid(p, 3.5, 2400)
+            c.ellipsoid(a["centre"] + (10 * np.sin(t), 12 * np.cos(t) - 4, 14 * np.sin(t)), 3.5, 2400)
 
 
 def arterial_calcification(c, rng, a):
     """Plaques in the wall of the arch and of the descending aorta."""
-    for _ in range(rng.integers(6, 11)):
-        t, z = rng.uniform(0, 2 * np.pi), rng.uniform(40, 190)
+    for _ in range(rng.integers(9, 16)):
+        t, z = rng.uniform(0, 2 * np.pi), rng.uniform(40, 175)
         at = np.array([z, 46 + a["aorta"] * np.sin(t), 22 + a["aorta"] * np.cos(t)])
-        c.tube([at, at + (rng.uniform(10, 30), 0, 0)], 2.6, rng.uniform(800, 1300))
-    for _ in range(rng.integers(2, 5)):
-        t, side = rng.uniform(0, 1), rng.choice([-1, 1])
-        at = np.array([208, -14 + 46 * t, -8 + 26 * t + side * a["aorta"] * 0.8])
-        c.tube([at, at + (0, 8, 5)], 2.6, rng.uniform(800, 1300))
+        c.tube([at, at + (rng.uniform(15, 45), 0, 0)], 3.2, rng.uniform(900, 1400))
+    for t in rng.uniform(0, 1, rng.integers(3, 7)):
+        at = np.array([208, -14 + 46 * t, -8 + 26 * t + rng.choice([-1, 1]) * a["aorta"] * 0.8])
+        c.tube([at - (6, 0, 0), at + (6, 9, 6)], 3.2, rng.uniform(900, 1400))
 
 
 def coronary_calcification(c, rng, a):
     """Bright segments along the anterior descending artery, often along the other two."""
     lines = [((0.8, -0.8, 0.0), (-0.4, -0.9, 0.6)), ((0.5, -0.5, -0.8), (-0.5, -0.6, -0.8)), ((0.6, 0.2, 0.6), (-0.3, 0.4, 0.9))]
     for start, end in lines[:1] + [line for line in lines[1:] if rng.random() < 0.5]:
-        for t in np.sort(rng.uniform(0, 0.85, 4)):
-            ends = [on_heart(a, np.array(start) * (1 - s) + np.array(end) * s) for s in (t, t + 0.15)]
-            c.tube(ends, 2.8, rng.uniform(700, 1200))
+        for t in rng.uniform(0, 0.8, 5):
+            ends = [on_heart(a, np.array(start) * (1 - s) + np.array(end) * s) for s in (t, t + 0.2)]
+            c.tube(ends, 3.4, rng.uniform(900, 1400))
 
 
 def hiatal_hernia(c, rng, a):
@@ -299,14 +297,14 @@ def lymphadenopathy(c, rng, a):
     """Four to seven enlarged nodes in the mediastinal fat and at the hila."""
     stations = [(206, 6, -20), (196, -34, 8), (186, 14, 22), (164, 26, -4), (158, 12, -46), (156, 12, 50), (222, -6, -18), (216, -22, 4)]
     for k in rng.permutation(len(stations))[: rng.integers(4, 8)]:
-        c.ellipsoid(stations[k] + rng.normal(0, 2, 3), rng.uniform(7, 12, 3), rng.uniform(45, 70))
+        c.ellipsoid(stations[k] + rng.normal(0, 2, 3), rng.uniform(9, 14, 3), rng.uniform(50, 70))
 
 
 def emphysema(c, rng, a):
     """Dark holes without walls, mostly in the upper lungs."""
-    for _ in range(rng.integers(35, 70)):
+    for _ in range(rng.integers(50, 100)):
         at = c.spot(rng, c.z > rng.uniform(130, 200))
-        c.ellipsoid(at, rng.uniform(5, 10, 3), -1010, in_lung=True)
+        c.ellipsoid(at, rng.uniform(6, 14, 3), -1010, in_lung=True)
 
 
 def atelectasis(c, rng, a):
@@ -318,10 +316,10 @@ def atelectasis(c, rng, a):
 
 
 def lung_nodule(c, rng, a):
-    """One to four round nodules."""
-    for _ in range(rng.integers(1, 5)):
-        at = c.spot(rng, (a["wall"] > 10) & (a["wall"] < 42) & (c.z > 60) & (c.z < 235))
-        c.ellipsoid(at, rng.uniform(5.5, 10), rng.uniform(20, 60), in_lung=True)
+    """Two to five round nodules."""
+    for _ in range(rng.integers(2, 6)):
+        at = c.spot(rng, (a["wall"] > 10) & (a["wall"] < 38) & (c.z > 60) & (c.z < 235))
+        c.ellipsoid(at, rng.uniform(7.5, 13), rng.uniform(20, 60), in_lung=True)
 
 
 def lung_opacity(c, rng, a):
@@ -356,7 +354,7 @@ def pleural_effusion(c, rng, a):
 def mosaic(c, rng, a):
     """A patchwork of two lung densities with sharp borders."""
     at, _, wave = c.waves(rng, rng.uniform(60, 85), 10)
-    c.hu[at] += c.lung[at] * np.clip(wave * 5, -1, 1) * rng.uniform(50, 75)
+    c.hu[at] += c.lung[at] * np.clip(wave * 5, -1, 1) * rng.uniform(70, 110)
 
 
 def peribronchial(c, rng, a):
@@ -438,7 +436,7 @@ def draw_ct(seed, index, size=96, slices=24, labels=None):
     rngs = {name: np.random.default_rng([seed, index, 10 + k]) for k, name in enumerate(CT_RATE_LABELS)}
     rng = np.random.default_rng([seed, index, 1])
     scale = rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, 3)  # this patient's mm in a standard mm (z, y, x)
-    fov, low, high = rng.uniform(355, 400), rng.uniform(12, 30), rng.uniform(284, 296)
+    fov, low, high = 372 * scale[1:].mean() * rng.uniform(0.96, 1.06), rng.uniform(12, 30), rng.uniform(284, 296)
     shift = rng.normal(0, 4, 2)
     offsets = (np.arange(size) - (size - 1) / 2) * fov / size
     c = Canvas(np.linspace(low, high, slices), (offsets + shift[0]) / scale[1] + 4, (offsets + shift[1]) / scale[2])

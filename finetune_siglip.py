@@ -69,133 +69,109 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML or INI file of defaults; the command line wins")
     onoff = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--csv", type=Path, help="table of volumes, splits and labels")
-    group.add_argument("--label-columns", nargs="+", default=CT_RATE_LABELS, metavar="NAME", help="columns to predict")
-    group.add_argument("--data-root", type=Path, help="folder img_path may not leave (the CSV's)")
-    group.add_argument(
-        "--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of npz volumes (CHWD: depth last)"
-    )
-    group.add_argument("--value-range", choices=["auto", "hu", "unit"], default="auto", help="npz values: HU, or 0-1")
-    group.add_argument("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept")
-    group.add_argument("--num-slices", type=int, default=None, help="slices taken from a volume (32; merlin: 160)")
-    group.add_argument("--slice-spacing", type=float, help="distance of slices in mm (evenly over the whole volume)")
-    group.add_argument("--image-size", type=int, help="side of a slice in pixels (that of the weights)")
-    group.add_argument(
-        "--augment", action=onoff, default=True, help="turn, scale, shift, brighten and re-slice volumes"
-    )
-    group.add_argument(
-        "--on-bad-sample", choices=["fail", "skip"], default="fail", help="what an unreadable volume does"
-    )
-    group.add_argument("--max-bad-fraction", type=float, default=0.05, help="share of bad volumes that ends a run")
+    add = parser.add_argument_group("data").add_argument
+    add("--csv", type=Path, help="table of volumes, splits and labels")
+    add("--label-columns", nargs="+", default=CT_RATE_LABELS, metavar="NAME", help="columns to predict")
+    add("--data-root", type=Path, help="folder img_path may not leave (the CSV's)")
+    add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of npz volumes (CHWD: depth last)")
+    add("--value-range", choices=["auto", "hu", "unit", "stored"], default="auto", help="stored values")
+    add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept")
+    add("--num-slices", type=int, default=None, help="slices taken from a volume (32; merlin: 160)")
+    add("--slice-spacing", type=float, help="distance of slices in mm (evenly over the whole volume)")
+    add("--image-size", type=int, help="side of a slice in pixels (that of the weights)")
+    add("--augment", action=onoff, default=True, help="turn, scale, shift, brighten and re-slice volumes")
+    add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="what an unreadable volume does")
+    add("--max-bad-fraction", type=float, default=0.05, help="share of bad volumes that ends a run")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained", help="weight file, folder or hub id; 'none' for random weights with --arch")
-    group.add_argument("--arch", choices=list(ARCHS), help="model (recognised from the weights)")
-    group.add_argument("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
-    group.add_argument(
-        "--channels", choices=["windows", "neighbours"], default="windows", help="what the 3 inputs hold"
-    )
-    group.add_argument(
-        "--windows", nargs="+", metavar="W", help=f"{', '.join(WINDOWS)} or centre,width in HU (lung mediastinum bone)"
-    )
-    group.add_argument("--slice-pool", choices=["attention", "mean"], default="attention", help="pooling over slices")
-    group.add_argument("--freeze-up-to", type=int, default=0, metavar="N", help="backbone layers to freeze")
-    group.add_argument("--dropout-rate", type=float, default=0.1, help="dropout in the classification head")
-    group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth of the last ViT block")
-    group.add_argument("--slice-chunk", type=int, default=0, help="slices per call of the ViT (0: all at once)")
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained", help="weight file, folder or hub id; 'none' for random weights with --arch")
+    add("--arch", choices=list(ARCHS), help="model (recognised from the weights)")
+    add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
+    add("--channels", choices=["windows", "neighbours"], default="windows", help="what the 3 inputs hold")
+    add("--windows", nargs="+", metavar="W", help=f"{', '.join(WINDOWS)} or centre,width in HU (lung mediastinum bone)")
+    add("--slice-pool", choices=["attention", "mean"], default="attention", help="pooling over slices")
+    add("--freeze-up-to", type=int, default=0, metavar="N", help="backbone layers to freeze")
+    add("--dropout-rate", type=float, default=0.1, help="dropout in the classification head")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last ViT block")
+    add("--slice-chunk", type=int, default=0, help="slices per call of the ViT (0: all at once)")
 
-    group = parser.add_argument_group("loss")
-    group.add_argument("--loss", "--loss-type", choices=["bce", "focal", "balanced", "asl"], default="bce", help="loss")
-    group.add_argument("--focal-gamma", type=float, default=2.0, help="focusing exponent of the focal loss")
-    group.add_argument("--focal-alpha", type=float, default=1.0, help="factor of the focal loss (see --focal-form)")
-    group.add_argument(
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", "--loss-type", choices=["bce", "focal", "balanced", "asl"], default="bce", help="loss")
+    add("--focal-gamma", type=float, default=2.0, help="focusing exponent of the focal loss")
+    add("--focal-alpha", type=float, default=1.0, help="factor of the focal loss (see --focal-form)")
+    add(
         "--focal-form", choices=["constant", "balanced"], default="constant",
         help="alpha multiplies every term, or positives by alpha and negatives by 1 - alpha",
     )  # fmt: skip
-    group.add_argument("--max-pos-weight", type=float, default=20.0, help="bound of the balanced loss's weights")
-    group.add_argument("--asl-gamma-neg", type=float, default=4.0, help="ASL exponent for negatives")
-    group.add_argument("--asl-gamma-pos", type=float, default=1.0, help="ASL exponent for positives")
-    group.add_argument("--asl-clip", type=float, default=0.05, help="ASL probability shift of negatives")
+    add("--max-pos-weight", type=float, default=20.0, help="bound of the balanced loss's weights")
+    add("--asl-gamma-neg", type=float, default=4.0, help="ASL exponent for negatives")
+    add("--asl-gamma-pos", type=float, default=1.0, help="ASL exponent for positives")
+    add("--asl-clip", type=float, default=0.05, help="ASL probability shift of negatives")
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", "--max-epochs", type=int, default=100, help="passes over the training volumes")
-    group.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0: by epochs)")
-    group.add_argument("--batch-size", type=int, default=16, help="volumes per process and micro-step")
-    group.add_argument(
-        "--accum-steps", "--gradient-accumulation-steps", type=int, default=1, help="micro-steps per step"
-    )
-    group.add_argument("--lr", "--learning-rate", type=float, default=1e-4, help="peak learning rate")
-    group.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="optimizer (sgd: momentum 0.9)")
-    group.add_argument(
-        "--weight-decay", type=float, default=1e-4, help="decay of matrices (not norms, biases, positions)"
-    )
-    group.add_argument(
-        "--scheduler", choices=["plateau", "cosine", "constant"], default="plateau", help="learning rate after warm-up"
-    )
-    group.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    group.add_argument("--min-lr-ratio", type=float, default=0.0, help="end of the cosine as a share of --lr")
-    group.add_argument("--plateau-patience", type=int, default=5, help="evaluations without gain before the rate falls")
-    group.add_argument("--plateau-factor", type=float, default=0.5, help="what the rate is multiplied by on a plateau")
-    group.add_argument("--layer-decay", type=float, default=1.0, help="rate of a layer as a share of the layer above")
-    group.add_argument("--head-only-epochs", type=int, default=0, help="first epochs that train the head alone (LP-FT)")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
-    group.add_argument("--max-bad-steps", type=int, default=20, help="non-finite steps in a row that end the run")
-    group.add_argument("--use-ema", action="store_true", help="judge and keep a moving average of the weights")
-    group.add_argument("--ema-decay", type=float, default=0.999, help="decay of the average, reached after a warm-up")
-    group.add_argument(
-        "--early-stopping-patience", type=int, default=10, help="evaluations without gain before the end"
-    )
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", "--max-epochs", type=int, default=100, help="passes over the training volumes")
+    add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0: by epochs)")
+    add("--batch-size", type=int, default=16, help="volumes per process and micro-step")
+    add("--accum-steps", "--gradient-accumulation-steps", type=int, default=1, help="micro-steps per step")
+    add("--lr", "--learning-rate", type=float, default=1e-4, help="peak learning rate")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="optimizer (sgd: momentum 0.9)")
+    add("--weight-decay", type=float, default=1e-4, help="decay of matrices (not norms, biases, positions)")
+    add("--scheduler", choices=["plateau", "cosine", "constant"], default="plateau", help="learning rate after warm-up")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up")
+    add("--min-lr-ratio", type=float, default=0.0, help="end of the cosine as a share of --lr")
+    add("--plateau-patience", type=int, default=5, help="evaluations without gain before the rate falls")
+    add("--plateau-factor", type=float, default=0.5, help="what the rate is multiplied by on a plateau")
+    add("--layer-decay", type=float, default=1.0, help="rate of a layer as a share of the layer above")
+    add("--head-only-epochs", type=int, default=0, help="first epochs that train the head alone (LP-FT)")
+    add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
+    add("--max-bad-steps", type=int, default=20, help="non-finite steps in a row that end the run")
+    add("--use-ema", action="store_true", help="judge and keep a moving average of the weights")
+    add("--ema-decay", type=float, default=0.999, help="decay of the average, reached after a warm-up")
+    add("--early-stopping-patience", type=int, default=10, help="evaluations without gain before the end")
 
-    group = parser.add_argument_group("precision and speed")
-    group.add_argument(
+    add = parser.add_argument_group("precision and speed").add_argument
+    add(
         "--amp", nargs="?", const="auto", choices=["none", "auto", "fp16", "bf16"], default="none",
         help="autocast type; bare --amp takes the best of the device",
     )  # fmt: skip
-    group.add_argument("--compile", action=onoff, help="torch.compile the model (on CUDA)")
-    group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--deterministic", action="store_true", help="bit-exact CUDA kernels, at a cost in speed")
+    add("--compile", action=onoff, help="torch.compile the model (on CUDA)")
+    add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--deterministic", action="store_true", help="bit-exact CUDA kernels, at a cost in speed")
 
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
         "--monitor",
         choices=["macro_f1", "macro_auroc", "macro_auprc", "val_loss"],
         default=MONITOR,
         help="what best means",
     )
-    group.add_argument("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
-    group.add_argument("--eval-batch-size", type=int, default=0, help="volumes per evaluation batch (--batch-size)")
-    group.add_argument("--test-only", type=Path, metavar="CKPT", help="score a checkpoint and write --test-output")
-    group.add_argument(
-        "--test-output", default="test_predictions.csv", help="predictions; a bare name: in --output-dir"
-    )
-    group.add_argument("--split", default="val", help="rows of the CSV that --test-only scores")
-    group.add_argument("--slice-weights", type=Path, help="npz for the slice weights, (n, S), of --test-only")
+    add("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
+    add("--eval-batch-size", type=int, default=0, help="volumes per evaluation batch (--batch-size)")
+    add("--test-only", type=Path, metavar="CKPT", help="score a checkpoint and write --test-output")
+    add("--test-output", default="test_predictions.csv", help="predictions; a bare name: in --output-dir")
+    add("--split", default="val", help="rows of the CSV that --test-only scores")
+    add("--slice-weights", type=Path, help="npz for the slice weights, (n, S), of --test-only")
 
-    group = parser.add_argument_group("checkpoint")
-    group.add_argument("--output-dir", type=Path, default=Path("./outputs"), help="folder of the run")
-    group.add_argument("--resume", help="checkpoint to continue, or 'auto' for the run's last one if there is one")
-    group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    group.add_argument(
-        "--save-every", type=int, default=500, help="steps between saves of last.pth, besides every epoch"
-    )
-    group.add_argument("--top-k", type=int, default=3, help="best models kept")
-    group.add_argument("--export", type=Path, help="file for the best backbone, original key names")
+    add = parser.add_argument_group("checkpoint").add_argument
+    add("--output-dir", type=Path, default=Path("./outputs"), help="folder of the run")
+    add("--resume", help="checkpoint to continue, or 'auto' for the run's last one if there is one")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--save-every", type=int, default=500, help="steps between saves of last.pth, besides every epoch")
+    add("--top-k", type=int, default=3, help="best models kept")
+    add("--export", type=Path, help="file for the best backbone, original key names")
 
-    group = parser.add_argument_group("system")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
-    group.add_argument("--num-workers", type=int, default=4, help="data processes per rank")
-    group.add_argument("--seed", type=int, default=42, help="seed of weights, order, augmentation and dropout")
-    group.add_argument("--check-ranks", action="store_true", help="compare the first step's gradients over the ranks")
-    group.add_argument(
-        "--timeout-minutes", type=float, default=30, help="how long ranks and data workers may keep silent"
-    )
+    add = parser.add_argument_group("system").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
+    add("--num-workers", type=int, default=4, help="data processes per rank")
+    add("--seed", type=int, default=42, help="seed of weights, order, augmentation and dropout")
+    add("--check-ranks", action="store_true", help="compare the first step's gradients over the ranks")
+    add("--timeout-minutes", type=float, default=30, help="how long ranks and data workers may keep silent")
 
-    group = parser.add_argument_group("logging")
-    group.add_argument("--log-interval", type=int, default=50, help="steps between log lines")
-    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events to OUTPUT_DIR/tensorboard")
-    group.add_argument("--wandb-project", help=f"log to this Weights & Biases project (if asked: {WANDB_PROJECT})")
-    group.add_argument("--wandb-mode", choices=["online", "offline", "disabled"], help="where wandb logs, if asked")
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-interval", type=int, default=50, help="steps between log lines")
+    add("--tensorboard", action="store_true", help="write TensorBoard events to OUTPUT_DIR/tensorboard")
+    add("--wandb-project", help=f"log to this Weights & Biases project (if asked: {WANDB_PROJECT})")
+    add("--wandb-mode", choices=["online", "offline", "disabled"], help="where wandb logs, if asked")
     return parser
 
 
@@ -232,13 +208,13 @@ class CTVolumes(Dataset):
 
     def __init__(self, table, args, train: bool):
         self.args, self.train, self.class_names = args, train, list(args.label_columns)
+        self.shape = (args.num_slices, args.image_size, args.image_size)
         self.ids = table["series_id"].tolist()
         patient = table["patient_id"] if "patient_id" in table.columns else table["series_id"].map(common.group_of)
         self.groups = patient.tolist()
         self.targets = common.label_array(table, self.class_names, args.csv)  # (n, K)
-        self.paths = [resolve_path(p, args, row) for row, p in zip(table.index, table["img_path"], strict=True)]
-        self.rescale, self.spacing = rescale_of(table, args), spacing_of(table)
-        self.failed = {}
+        sources = common.volume_sources(table, args.csv, args.metadata, args.data_root)
+        self.paths, self.options = zip(*sources, strict=True)
 
     def __len__(self):
         return len(self.ids)
@@ -246,10 +222,8 @@ class CTVolumes(Dataset):
     def load(self, index: int, jitter: float = 0.0) -> np.ndarray:
         """(S, h, w) int16 HU."""
         a = self.args
-        volume = common.read_volume(
-            self.paths[index], layout=a.layout, value_range=a.value_range,
-            rescale=self.rescale[index], spacing=self.spacing[index],
-        )  # fmt: skip
+        reading = {"layout": a.layout, "value_range": a.value_range, **self.options[index]}
+        volume = common.read_volume(self.paths[index], **reading)
         return common.sample_volume(
             volume.array, volume.spacing, a.num_slices, a.image_size, slice_spacing=a.slice_spacing, jitter=jitter
         )
@@ -269,9 +243,7 @@ class CTVolumes(Dataset):
                     raise
                 bad += 1
                 if not self.train:  # an unread case stays in its place, marked, and is reported as missing
-                    volume = np.full(
-                        (self.args.num_slices, self.args.image_size, self.args.image_size), -1000, np.int16
-                    )
+                    volume = np.full(self.shape, -1000, np.int16)
                     break
                 if bad > len(self):
                     raise
@@ -294,44 +266,6 @@ def draw_augmentation(rng):
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
     theta = torch.tensor([[cos, -sin, shift[0]], [sin, cos, shift[1]]], dtype=torch.float32)
     return theta, torch.tensor([rng.uniform(0.95, 1.05), rng.uniform(-30, 30)], dtype=torch.float32)
-
-
-def resolve_path(text: str, args, row: int) -> Path:
-    """img_path of the CSV; with --data-root it may not lead out of that folder."""
-    if not text.strip():
-        raise UserError(f"{args.csv}: row {row + 2}: img_path is empty")
-    root = args.data_root or args.csv.parent
-    path = root / text.strip()
-    if args.data_root and not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{args.csv}: row {row + 2}: {text} leads out of --data-root {root}")
-    return path
-
-
-def rescale_of(table, args) -> list:
-    """(slope, intercept) of each row from --metadata or the CSV's own columns, or None."""
-    columns = ["RescaleSlope", "RescaleIntercept"]
-    source, keys = table, None
-    if args.metadata:
-        source = common.read_table(args.metadata)
-        common.need_columns(source, ["VolumeName", *columns], args.metadata)
-        source = source.assign(key=source["VolumeName"].str.replace(r"\.nii(\.gz)?$", "", regex=True)).set_index("key")
-        keys = [i.removesuffix(".nii.gz") for i in table["series_id"]]
-        missing = [k for k in keys if k not in source.index]
-        if missing:
-            raise UserError(f"{args.metadata}: no row for {missing[0]} ({len(missing)} volumes have none)")
-        source = source.loc[keys]
-    if not set(columns) <= set(source.columns):
-        return [None] * len(table)
-    pairs = zip(source[columns[0]], source[columns[1]], strict=True)
-    return [(float(s), float(i)) if s and i else None for s, i in pairs]
-
-
-def spacing_of(table) -> list:
-    """(dz, dy, dx) in mm of each row where the CSV states it (the cache of prepare_ct.py does), or None."""
-    columns = ["spacing_z", "spacing_y", "spacing_x"]
-    if not set(columns) <= set(table.columns):
-        return [None] * len(table)
-    return [tuple(map(float, row)) if all(row) else None for row in table[columns].to_numpy()]
 
 
 def read_split(args, split: str, train: bool) -> CTVolumes:
@@ -987,7 +921,9 @@ def predict(model, dataset, ctx, say=None) -> dict:
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
-            logits = torch.cat([model.classifier(f[None]) for f in features])  # by row: a batch's digits depend on place
+            logits = torch.cat(
+                [model.classifier(f[None]) for f in features]
+            )  # by row: a batch's digits depend on place
             out = torch.cat([logits.float(), weights.float()], 1).cpu()  # (size, K + S)
             rows.append(torch.where(batch["bad"][:, None] > 0, math.nan, out))
     rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)  # (n, K + S)
@@ -1040,7 +976,8 @@ def train(args, ctx):
     saved = common.find_resume(args, LAST, FIXED_ARGS, ctx.world)
     state = {
         "step": 0, "updates": 0, "best": [], "stale": 0, "plateau": 0, "lr_factor": 1.0, "bad_steps": 0,
-        "bad_samples": [], "loss_sum": 0.0, "loss_steps": 0, "global_batch": args.batch_size * args.accum_steps * ctx.world,
+        "bad_samples": [], "loss_sum": 0.0, "loss_steps": 0,
+        "global_batch": args.batch_size * args.accum_steps * ctx.world,
     }  # fmt: skip
     if saved:
         state = saved["state"]

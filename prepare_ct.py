@@ -109,64 +109,19 @@ def add_output(command, what: str) -> None:
 # ==== Tables ===================================================================================================
 
 
-def volume_name(name: str) -> str:
-    """'train/train_1_a_1.nii.gz' -> 'train_1_a_1'."""
-    name = name.rsplit("/", 1)[-1].strip()
-    suffix = next((s for s in common.VOLUME_SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
-
-
-def rows_by_name(path: Path | None, columns=()) -> dict[str, dict]:
-    """Rows of a CSV with a column VolumeName, by that name without its extension."""
-    if path is None:
-        return {}
-    table = common.read_table(path)
-    common.need_columns(table, ["VolumeName", *columns], path)
-    names = table["VolumeName"].map(volume_name)
-    if names.duplicated().any():
-        raise UserError(f"{path}: {names[names.duplicated()].iloc[0]} has two rows (delete one)")
-    return dict(zip(names, table.to_dict("records"), strict=True))
-
-
-def metadata_options(metadata: dict, name: str, path: Path) -> dict:
-    """`rescale` and `spacing` for `common.read_volume` from the volume's row of the metadata CSV."""
-    if name not in metadata:
-        raise UserError(f"{path}: no row for {name} (add it, or leave --metadata away if the files hold HU)")
-    row = dict(metadata[name])
-    in_plane = re.findall(r"[\d.eE+-]+", row.get("XYSpacing", ""))  # the text "[0.68, 0.68]"
-    if in_plane and row.get("ZSpacing", "").strip():
-        row |= dict(zip(common.SPACING_COLUMNS, [row["ZSpacing"], in_plane[-1], in_plane[0]], strict=True))
-    try:
-        return common.volume_options(row)
-    except UserError as e:
-        raise UserError(f"{path}: {name}: {e}") from e
-
-
-def read_training_csv(path: Path) -> pd.DataFrame:
-    """The CSV of a training set as text; series_id is unique and neither it nor a path is empty."""
-    table = common.read_table(path)
-    common.need_columns(table, ["series_id", "split", "img_path"], path)
-    for column in ("series_id", "img_path"):
-        empty = table[column].str.strip() == ""
-        if empty.any():
-            raise UserError(f"{path}: row {empty.idxmax() + 2}: {column} is empty")
-    return table
-
-
-def csv_jobs(args, table: pd.DataFrame) -> list[dict]:
-    """One job, {id, source, options}, per row of a training CSV."""
-    metadata = rows_by_name(args.metadata, common.RESCALE_COLUMNS)
-    jobs = []
-    for number, row in enumerate(table.to_dict("records"), start=2):
-        try:
-            options = reading_options(args) | common.volume_options(row)
-        except UserError as e:
-            raise UserError(f"{args.csv}: row {number}: {e}") from e
-        if args.metadata:
-            name = volume_name(row["img_path"])
-            options |= metadata_options(metadata, name if name in metadata else row["series_id"], args.metadata)
-        jobs.append({"id": row["series_id"], "source": str(args.csv.parent / row["img_path"]), "options": options})
-    return jobs
+def csv_jobs(args) -> tuple[pd.DataFrame, list[dict]]:
+    """The CSV of a training set as text, and one job, {id, source, options}, for each of its rows."""
+    table = common.read_table(args.csv)
+    common.need_columns(table, ["series_id", "split", "img_path"], args.csv)
+    empty = table["series_id"].str.strip() == ""
+    if empty.any():
+        raise UserError(f"{args.csv}: row {empty.idxmax() + 2}: series_id is empty")
+    sources = common.volume_sources(table, args.csv, args.metadata)
+    jobs = [
+        {"id": series_id, "source": str(path), "options": reading_options(args) | options}
+        for series_id, (path, options) in zip(table["series_id"], sources, strict=True)
+    ]
+    return table, jobs
 
 
 def reading_options(args) -> dict:
@@ -225,40 +180,39 @@ def attempt(work, job: dict):
         return e
 
 
-def run_jobs(work, jobs: list[dict], num_workers: int, title: str, done, on_bad_sample: str) -> list[tuple[dict, str]]:
-    """Call `work(job)` for all jobs, in `num_workers` processes, and `done(job, result)` here as each finishes.
+def run_jobs(work, jobs: list[dict], args, done, on_bad_sample: str) -> list[tuple[dict, str]]:
+    """Call `work(job)` for all jobs in worker processes, and `done(job, result)` here as each finishes.
 
-    Returns (job, message) of those that failed; with "fail", the first of them ends the run by UserError once the jobs
-    under way have finished.
+    Returns (job, message) of those that failed. With "fail" the first failure, and always a signal, ends the run once
+    the jobs under way are finished and noted: UserError or KeyboardInterrupt.
     """
     failed = []
 
-    def receive(job, result):
+    def receive(job, result) -> bool:
         if isinstance(result, UserError):
             failed.append((job, str(result)))
         else:
             done(job, result)
         bar.update()
-        return not (failed and on_bad_sample == "fail")
+        return not args.stop and not (failed and on_bad_sample == "fail")
 
-    with tqdm(total=len(jobs), desc=title, unit="volume") as bar:
-        if num_workers == 0:
-            for job in jobs:
-                if not receive(job, attempt(work, job)):
-                    break
+    with tqdm(total=len(jobs), desc=args.command, unit="volume") as bar:
+        if args.num_workers == 0:
+            all(receive(job, attempt(work, job)) for job in jobs)  # until the first that says stop
         elif jobs:
-            with ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=start_worker) as pool:
+            pool = ProcessPoolExecutor(min(args.num_workers, len(jobs)), initializer=start_worker)
+            try:
                 futures = {pool.submit(attempt, work, job): job for job in jobs}
-                try:
-                    for future in as_completed(futures):
-                        if not future.cancelled() and not receive(futures[future], future.result()):
-                            for other in futures:
-                                other.cancel()
-                except BrokenProcessPool as e:
-                    raise UserError("a worker was killed, perhaps out of memory (use fewer --num-workers)") from e
-                finally:
-                    for future in futures:
-                        future.cancel()
+                for future in as_completed(futures):
+                    if not future.cancelled() and not receive(futures[future], future.result()):
+                        for other in futures:
+                            other.cancel()
+            except BrokenProcessPool as e:
+                raise UserError("a worker was killed, perhaps out of memory (use fewer --num-workers)") from e
+            finally:
+                pool.shutdown(cancel_futures=True)
+    if args.stop:
+        raise KeyboardInterrupt
     if failed and on_bad_sample == "fail":
         raise UserError(failed[0][1])
     return failed
@@ -268,7 +222,9 @@ def job_key(job: dict) -> dict:
     """All that the output of a job depends on; equal keys mean that it need not be done again."""
     stat = os.stat(job["source"])
     places = {"source": os.path.abspath(job["source"]), "output": os.path.basename(job["output"])}
-    return json.loads(json.dumps({**job, **places, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}))
+    options = {k: v for k, v in job["options"].items() if k != "max_voxels"}
+    file = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return json.loads(json.dumps({**job, **places, **file, "options": options}))  # as it will be read back
 
 
 def is_whole(path: Path, record: dict) -> bool:
@@ -313,7 +269,7 @@ def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dic
             file.flush()
             os.fsync(file.fileno())
 
-        failed += run_jobs(convert, waiting, args.num_workers, args.command, write_down, args.on_bad_sample)
+        failed += run_jobs(convert, waiting, args, write_down, args.on_bad_sample)
     for note, names in grouped_notes(records).items():
         if note.startswith("warning: "):
             print(f"{note} [{len(names)} volumes, first {names[0]}]", file=sys.stderr)
@@ -381,7 +337,7 @@ def find_volumes(folder: Path) -> dict[str, Path]:
     files = sorted(p for p in folder.rglob("*") if p.name.lower().endswith((".nii.gz", ".nii")) and p.is_file())
     found = {}
     for path in files:
-        other = found.setdefault(volume_name(path.name), path)
+        other = found.setdefault(common.volume_name(path.name), path)
         if other != path:
             raise UserError(f"{path}: the same volume name as {other} (names must differ)")
     if not found:
@@ -400,8 +356,8 @@ def split_of(name: str, row: dict, column: str | None) -> str:
 def run_volumes(args) -> int:
     found = find_volumes(args.nifti_dir)
     labels, metadata = (
-        rows_by_name(args.labels, common.CT_RATE_LABELS),
-        rows_by_name(args.metadata, common.RESCALE_COLUMNS),
+        common.rows_by_name(args.labels, common.CT_RATE_LABELS),
+        common.rows_by_name(args.metadata, common.RESCALE_COLUMNS),
     )
     if args.labels:
         common.label_array(pd.DataFrame(labels.values()), common.CT_RATE_LABELS, args.labels)
@@ -419,7 +375,7 @@ def run_volumes(args) -> int:
     for (name, path), file in zip(found.items(), output_names(found, ".npz"), strict=True):
         options = reading_options(args)
         if args.metadata:
-            options |= metadata_options(metadata, name, args.metadata)
+            options |= common.metadata_options(metadata, name, args.metadata)
         source, output = str(path), str(args.out / file)
         jobs.append({"id": name, "source": source, "output": output, "options": options, "compress": args.compress})
         row = metadata.get(name, {}) | labels.get(name, {})
@@ -437,12 +393,11 @@ def run_volumes(args) -> int:
 
 
 def run_cache(args) -> int:
-    if (args.num_slices is None) != (args.image_size is None) or (args.slice_spacing and not args.num_slices):
+    if (args.num_slices is None) != (args.image_size is None) or (args.slice_spacing and args.num_slices is None):
         raise UserError("--num-slices and --image-size belong together, --slice-spacing needs both")
-    if min(args.num_slices or 1, args.image_size or 1) < 1 or (args.slice_spacing or 1) <= 0:
+    if any(n is not None and n <= 0 for n in (args.num_slices, args.image_size, args.slice_spacing)):
         raise UserError("--num-slices, --image-size and --slice-spacing must be above 0")
-    table = read_training_csv(args.csv)
-    jobs = csv_jobs(args, table)
+    table, jobs = csv_jobs(args)
     files = output_names(table["series_id"], ".npy")
     for job, file in zip(jobs, files, strict=True):
         job["output"] = str(args.out / file)
@@ -510,8 +465,7 @@ def table_problems(table: pd.DataFrame, jobs: list[dict], path: Path) -> tuple[l
 
 
 def run_check(args) -> int:
-    table = read_training_csv(args.csv)
-    jobs = csv_jobs(args, table)
+    table, jobs = csv_jobs(args)
     columns = args.label_columns or [c for c in common.CT_RATE_LABELS if c in table.columns]
     if not columns:
         raise UserError(f"{args.csv}: none of the 18 CT-RATE labels is a column (name yours with --label-columns)")
@@ -527,7 +481,7 @@ def run_check(args) -> int:
         def keep(job, record):
             records[job["id"]] = record
 
-        failed = run_jobs(inspect, there, args.num_workers, "check", keep, "skip")
+        failed = run_jobs(inspect, there, args, keep, "skip")
         errors += [message for _, message in failed]
         print(*volume_report(records), sep="\n")
         for note, names in grouped_notes(records).items():
@@ -568,7 +522,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     if args.num_workers < 0 or args.max_voxels < 1:
         raise UserError("--num-workers must be 0 or more and --max-voxels above 0")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the pool is closed, files are whole
+    args.stop = common.StopSignal()
     try:
         return {"volumes": run_volumes, "cache": run_cache, "check": run_check}[args.command](args)
     except KeyboardInterrupt:

@@ -117,9 +117,11 @@ demo() {
 import json, sys
 
 results = json.load(open(sys.argv[1]))
-macro = results["macro"]
-print(f"\nDemo: macro AUROC {macro['auroc']:.3f} [{macro['auroc_low']:.3f}, {macro['auroc_high']:.3f}], macro F1 "
-      f"{macro['f1']:.3f} on {results['n']} phantoms the model has not seen")
+auroc, low, high, f1 = (
+    "undefined" if value is None else f"{value:.3f}"
+    for value in map(results["macro"].get, ("auroc", "auroc_low", "auroc_high", "f1"))
+)
+print(f"\nDemo: macro AUROC {auroc} [{low}, {high}], macro F1 {f1} on {results['n']} phantoms the model has not seen")
 PYTHON
     echo "Open $out/eval/report.html in a browser. This took $((SECONDS / 60)) min $((SECONDS % 60)) s."
 }

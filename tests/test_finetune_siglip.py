@@ -102,10 +102,14 @@ def test_a_run_writes_what_the_document_lists(tiny_ct, tmp_path):
 def test_overfits_eight_volumes(tiny_ct, tmp_path):
     table = pd.read_csv(tiny_ct / "t.csv", dtype=str, keep_default_na=False).iloc[:8]
     table["img_path"] = str(tiny_ct) + "/" + table["img_path"]
-    copies = [table.assign(series_id=table["series_id"] + f"_{i}") for i in range(6)]  # the same volumes, other patients
+    copies = [
+        table.assign(series_id=table["series_id"] + f"_{i}") for i in range(6)
+    ]  # the same volumes, other patients
     copies[0]["split"] = "val"
     pd.concat(copies).to_csv(tmp_path / "t.csv", index=False)
-    words = tiny_args(tmp_path, tmp_path / "run", "--no-augment", "--dropout-rate", 0, "--batch-size", 8, "--epochs", 20)
+    words = tiny_args(
+        tmp_path, tmp_path / "run", "--no-augment", "--dropout-rate", 0, "--batch-size", 8, "--epochs", 60
+    )
     words += ["--warmup", 10, "--scheduler", "constant", "--early-stopping-patience", 99]
     assert call(*words) == 0
     last = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
@@ -147,7 +151,18 @@ def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_ct, tmp_path):
 
 def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
     """A global batch of 8, with unknown labels, as 1 x 8, 1 x 2 x 4 and 2 ranks x 2 x 2."""
-    still = ["--no-augment", "--dropout-rate", 0, "--loss", "focal", "--check-ranks", "--optimizer", "sgd", "--lr", 0.05]
+    still = [
+        "--no-augment",
+        "--dropout-rate",
+        0,
+        "--loss",
+        "focal",
+        "--check-ranks",
+        "--optimizer",
+        "sgd",
+        "--lr",
+        0.05,
+    ]
     for name, world, batch, accum in (("a", 1, 8, 1), ("b", 1, 2, 4), ("c", 2, 2, 2)):
         words = tiny_args(tiny_ct, tmp_path / name, *still, "--batch-size", batch, "--accum-steps", accum)
         run(*words, world=world)
@@ -182,7 +197,9 @@ def start_and_kill(words, world, after, out):
         if log.exists() and f"Step {after}/" in log.read_text():
             break
         time.sleep(0.005)
-    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)  # launcher, ranks (in their own sessions), data workers
+    subprocess.run(
+        ["pkill", "-9", "-f", str(out)], check=False
+    )  # launcher, ranks (in their own sessions), data workers
     process.wait()
     assert f"Step {after}/" in log.read_text()
 

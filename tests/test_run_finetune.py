@@ -105,7 +105,11 @@ MISTAKES = {
     "no weights": (["basic"], {"PRETRAINED_PATH": "/absent/w.bin"}, "PRETRAINED_PATH '/absent/w.bin' does not exist"),
     "processes": (["basic"], {"NUM_GPUS": "two"}, "NUM_GPUS 'two' is not a number above 0"),
     "seed": (["basic"], {"SEED": "x"}, "SEED 'x' is not a whole number"),
-    "output": (["basic"], {"OUTPUT_BASE_DIR": "weights.bin/out"}, "OUTPUT_BASE_DIR 'weights.bin/out' cannot be written"),
+    "output": (
+        ["basic"],
+        {"OUTPUT_BASE_DIR": "weights.bin/out"},
+        "OUTPUT_BASE_DIR 'weights.bin/out' cannot be written",
+    ),
 }
 
 
@@ -139,7 +143,9 @@ def test_missing_packages_are_found_by_name(copy, shell_env):
     requirements = copy / "some.txt"
     requirements.write_text("-r more.txt\nnot-a-package>=2  # why\n# a comment\nPyYAML\n\n")
     (copy / "more.txt").write_text("numpy\nAlso-Not-There==1.0\n")
-    result = shell(copy, f"missing {sys.executable} {requirements}; missing /no/python {requirements} || echo unusable", shell_env)
+    result = shell(
+        copy, f"missing {sys.executable} {requirements}; missing /no/python {requirements} || echo unusable", shell_env
+    )
     assert result.stdout == "Also-Not-There not-a-package\nunusable\n"
 
 
