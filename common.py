@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import gc
 import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -533,6 +533,9 @@ class Context:
     def master(self) -> bool:
         return self.rank == 0
 
+    def __str__(self):
+        return f"{self.device}" + (f", rank {self.rank} of {self.world}" if self.world > 1 else "")
+
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one. A host message: it does not wait for the accelerator."""
         if self.world == 1:
@@ -755,6 +758,7 @@ def link_file(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # where both were the same file already, rename does nothing
 
 
 def save_last(path: Path, checkpoint: dict) -> None:
@@ -779,6 +783,7 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
     if not args.resume:
         if path.exists() and not args.overwrite:
             raise UserError(f"{args.output_dir}: holds a run (--resume auto continues it, --overwrite starts anew)")
+        previous_of(path).unlink(missing_ok=True)
         return None
     if args.resume != "auto":
         saved = load_checkpoint(args.resume)
@@ -877,8 +882,8 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: refused, it holds more than weights: {unsafe_globals(path)}") from e
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as e:
-        raise UserError(f"{path}: not a readable weight file ({str(e).splitlines()[0]})") from e
+    except Exception as e:  # torch.load of a text or a cut file raises nearly anything
+        raise UserError(f"{path}: not a readable weight file ({type(e).__name__})") from e
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -1017,8 +1022,9 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def safe_cell(text: str) -> str:
-    """Text that begins with = + - @ tab or CR gets a leading quote (CSV injection, OWASP); take it off to undo."""
-    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """Text that begins with = + - @ tab or CR, and is no number, gets a leading quote (CSV injection, OWASP)."""
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not number else text
 
 
 def file_sha256(path: Path) -> str:
@@ -1695,5 +1701,6 @@ def run_main(main) -> int:
             file=sys.stderr,
         )
         code = 1
-    gc.collect()  # ends the data workers that the failed run's frames still hold
+    for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold
+        child.kill()
     return code

@@ -1,6 +1,6 @@
 """Synthetic data in the real file formats, so that every command of the README runs with no data at hand.
 
-    python demo_data.py ct --out demo --n 500        # chest CT with the 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv
+    python demo_data.py ct --out demo --n 500        # chest CT, 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv
 
 Every volume is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are stylised;
 they test code and teach formats, they say nothing about patients.
@@ -28,7 +28,7 @@ PREVALENCE = (
 )
 AGEING = {1, 2, 4, 5, 7, 11}  # findings that come together: calcification, big heart, hernia, emphysema, scars
 ACUTE = {3, 6, 8, 10, 12, 15}  # effusions, nodes, atelectasis, opacity, consolidation
-AIR, FAT, WATER, SOFT = -1000, -95, 8, 45  # HU
+AIR, FAT, WATER = -1000, -95, 10  # HU
 
 
 # ==== Chest CT: canvas ==========================================================================================
@@ -37,12 +37,12 @@ AIR, FAT, WATER, SOFT = -1000, -95, 8, 45  # HU
 class Canvas:
     """A CT volume being painted, in mm of a standard patient: z upward from the liver, y to the back, x to the left.
 
-    hu: (D, H, W) float32; z (D, 1, 1), y (1, H, 1), x (1, 1, W) voxel centres; px, dz: voxel size in plane and along z.
+    hu: (D, H, W) float32; z (D, 1, 1), y (H, 1), x (W,) voxel centres; px, dz: voxel size in plane and along z.
     """
 
     def __init__(self, z, y, x):
         self.axes = [np.asarray(a, np.float32) for a in (z, y, x)]
-        self.z, self.y, self.x = (a.reshape(s) for a, s in zip(self.axes, ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True))
+        self.z, self.y, self.x = self.axes[0][:, None, None], self.axes[1][:, None], self.axes[2]
         self.dz, self.px = float(z[1] - z[0]), float(x[1] - x[0])
         self.hu = np.full((len(z), len(y), len(x)), AIR, np.float32)
         self.lung = np.ones_like(self.hu)
@@ -76,7 +76,7 @@ class Canvas:
         self.paint(weight * cover, hu, box)
 
     def tube(self, points, radii, hu, wall=0.0, wall_hu=0.0, in_lung=False):
-        """Paint a chain of capsules through points (z, y, x) with a radius each; `wall` mm of another density around."""
+        """Paint a chain of capsules through points (z, y, x), a radius each; `wall` mm of another density around."""
         points = np.asarray(points, float)
         radii = np.broadcast_to(np.asarray(radii, float), len(points))
         for p, q, r, s in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
@@ -105,7 +105,8 @@ class Canvas:
         points = np.stack([a[i] for a, i in zip(self.axes, (zi, yi, xi), strict=True)], 1)  # (P, 3)
         k = rng.normal(size=(3, n))
         k *= 2 * np.pi / (wavelength * rng.uniform(0.8, 1.25, n) * np.linalg.norm(k, axis=0))
-        return (zi, yi, xi), points, np.cos(points @ k.astype(np.float32) + rng.uniform(0, 7, n)).sum(1) * (2 / n) ** 0.5
+        wave = np.cos(points @ k.astype(np.float32) + rng.uniform(0, 7, n)).sum(1) * (2 / n) ** 0.5
+        return (zi, yi, xi), points, wave
 
 
 # ==== Chest CT: anatomy =========================================================================================
@@ -136,8 +137,8 @@ def draw_anatomy(c, rng, heart, effusion):
     c.paint(c.edge((body - 1) * 110 + 3), FAT + u(-10, 10))
     if rng.random() < 0.5:  # breasts
         for side in (-1, 1):
-            c.ellipsoid((135, -84 - muscle - fat, 68 * side), (48, 22 + fat / 2, 42), FAT)
-            c.ellipsoid((135, -88 - muscle - fat, 68 * side), (22, 10 + fat / 4, 20), 20, soft=10)
+            c.ellipsoid((135, -72 - muscle - fat, 62 * side), (55, 20 + fat / 3, 52), FAT)
+            c.ellipsoid((135, -76 - muscle - fat, 64 * side), (22, 8 + fat / 4, 22), 10, soft=12)
     inner = np.sqrt((x / full_a) ** 2 + ((y - 4) / full_b) ** 2)
     c.paint(c.edge((inner - 1) * 100), 52)
     gap = (inner - 1) * 100 + 6 + 5 * np.sin(np.arctan2(y, x) * 6)  # fat between the muscles
@@ -151,7 +152,7 @@ def draw_anatomy(c, rng, heart, effusion):
         c.tube([(165, 86, 75 * side), (235, 96, 100 * side), (265, 70, 140 * side)], (4, 4, 9), 330)
         c.tube([(248, -52, 18 * side), (262, -50, 70 * side), (272, -15, 135 * side)], 6, 380)
         c.ellipsoid((275, 5, 160 * side), (24, 19, 19), 320)
-    front = np.interp(c.axes[0], c.axes[0], -b.ravel() - 7)
+    front = -b.ravel() - 7
     for level, edge_y in zip(c.axes[0], front, strict=True):
         if 95 < level < 235:
             c.ellipsoid((level, edge_y, 0), (c.dz / 2, 6, 17), u(150, 200))
@@ -160,7 +161,8 @@ def draw_anatomy(c, rng, heart, effusion):
     c.paint(c.edge(-wall), FAT)
     dome = [u(70, 88), u(56, 74)]  # right, left
     height = 4 + np.maximum(
-        dome[0] * (1 - ((x + 62) / 105) ** 2 - ((y + 5) / 120) ** 2), dome[1] * (1 - ((x - 64) / 105) ** 2 - (y / 120) ** 2)
+        dome[0] * (1 - ((x + 62) / 105) ** 2 - ((y + 5) / 120) ** 2),
+        dome[1] * (1 - ((x - 64) / 105) ** 2 - (y / 120) ** 2),
     )
     under, cavity = c.edge(z - height), c.edge(-wall)
     c.paint(under * cavity * c.edge(x - 35 + 0.25 * z, 4), u(48, 65))  # liver
@@ -176,11 +178,12 @@ def draw_anatomy(c, rng, heart, effusion):
     pad = u(5, 12)  # epicardial fat
     c.paint(c.edge(far - pad - effusion) * cavity, FAT)
     if effusion:
-        c.paint(c.edge(far - pad - effusion + 1) * c.edge(pad * 0.5 - far) * cavity, WATER + 6)
+        c.paint(c.edge(far - pad - effusion + 1) * c.edge(pad * 0.5 - far) * cavity, WATER)
     c.paint(c.edge(far), 48)
 
     # ---- lungs: what is left of the cavity above the domes
-    middle = 20 + 14 * np.clip((y + 10) / 40, 0, 1) - 16 * np.clip((-y - 45) / 30, 0, 1)  # half width of the mediastinum
+    # half width of the mediastinum, narrow in front, wide at the hila
+    middle = 20 + 14 * np.clip((y + 10) / 40, 0, 1) - 16 * np.clip((-y - 45) / 30, 0, 1)
     middle = middle + 8 * np.exp(-(((z - 165) / 30) ** 2)) * np.exp(-((y / 30) ** 2))
     c.lung = c.edge(3 - wall) * c.edge(height - z) * c.edge(middle - np.abs(x), 2) * c.edge(pad + effusion - far)
     c.lung = c.lung * c.edge(26 - np.hypot(x, y - 64)) * c.edge(17 - np.hypot(x - 24, y - 44))
@@ -198,11 +201,11 @@ def draw_anatomy(c, rng, heart, effusion):
             c.tube([(zk, 84, 12 * side), (zk, 92, 36 * side)], 5, 330)
 
     # ---- chambers, great vessels, airways, oesophagus
-    for dz, dy, dx, r, part in ((-6, -2, 24, 20, 1.0), (2, -16, -8, 20, 0.95), (10, 16, 2, 19, 1.0), (4, 2, -34, 17, 0.9)):
-        at = centre + np.array([dz, dy, dx * heart])
-        c.ellipsoid(at, np.array([1.3, 0.9, 1.1]) * r * heart**0.6, blood * part, turn=turn)
+    for dz, dy, dx, r in ((-6, -2, 24, 20), (2, -16, -8, 20), (10, 16, 2, 19), (4, 2, -34, 17)):
+        c.ellipsoid(centre + (dz, dy, dx * heart), np.array([1.3, 0.9, 1.1]) * r * heart**0.6, blood, turn=turn)
     r = u(11.5, 15)
-    c.tube([(130, -14, -4), (175, -22, -12), (205, -14, -8), (214, 6, 4), (206, 32, 18), (190, 44, 24), (-20, 46, 20)], r, blood)
+    arch = [(130, -14, -4), (175, -22, -12), (205, -14, -8), (214, 6, 4), (206, 32, 18), (190, 44, 24), (-20, 46, 20)]
+    c.tube(arch, r, blood)
     c.tube([(128, -8, -30), (235, -14, -26)], 8, blood)  # superior vena cava
     c.tube([(140, -32, 10), (165, -14, 18), (166, 6, 22), (162, 14, 46)], (13, 12, 11, 8), blood)
     c.tube([(165, -8, 16), (163, 2, -20), (160, 8, -46)], (11, 10, 8), blood)
@@ -221,8 +224,8 @@ def draw_anatomy(c, rng, heart, effusion):
         tree(c, rng, np.array(hilum, float), side, blood)
     for line in bronchi:
         c.tube(line, (6.5, 5.0, 3.6, 2.6)[: len(line)], -970, wall=1.0, wall_hu=-250)
-    return {"blood": blood, "centre": centre, "radii": radii, "turn": turn, "wall": wall, "height": height,
-            "bronchi": bronchi, "front": front, "aorta": r}  # fmt: skip
+    return {"blood": blood, "centre": centre, "radii": radii, "turn": turn, "wall": wall, "bronchi": bronchi,
+            "front": front, "aorta": r}  # fmt: skip
 
 
 def tree(c, rng, hilum, side, blood):
@@ -278,7 +281,8 @@ def arterial_calcification(c, rng, a):
 
 def coronary_calcification(c, rng, a):
     """Bright segments along the anterior descending artery, often along the other two."""
-    lines = [((0.8, -0.8, 0.0), (-0.4, -0.9, 0.6)), ((0.5, -0.5, -0.8), (-0.5, -0.6, -0.8)), ((0.6, 0.2, 0.6), (-0.3, 0.4, 0.9))]
+    lines = [((0.8, -0.8, 0.0), (-0.4, -0.9, 0.6)), ((0.5, -0.5, -0.8), (-0.5, -0.6, -0.8))]
+    lines.append(((0.6, 0.2, 0.6), (-0.3, 0.4, 0.9)))
     for start, end in lines[:1] + [line for line in lines[1:] if rng.random() < 0.5]:
         for t in rng.uniform(0, 0.8, 5):
             ends = [on_heart(a, np.array(start) * (1 - s) + np.array(end) * s) for s in (t, t + 0.2)]
@@ -295,7 +299,8 @@ def hiatal_hernia(c, rng, a):
 
 def lymphadenopathy(c, rng, a):
     """Four to seven enlarged nodes in the mediastinal fat and at the hila."""
-    stations = [(206, 6, -20), (196, -34, 8), (186, 14, 22), (164, 26, -4), (158, 12, -46), (156, 12, 50), (222, -6, -18), (216, -22, 4)]
+    stations = [(206, 6, -20), (196, -34, 8), (186, 14, 22), (164, 26, -4)]
+    stations += [(158, 12, -46), (156, 12, 50), (222, -6, -18), (216, -22, 4)]
     for k in rng.permutation(len(stations))[: rng.integers(4, 8)]:
         c.ellipsoid(stations[k] + rng.normal(0, 2, 3), rng.uniform(9, 14, 3), rng.uniform(50, 70))
 
@@ -396,23 +401,14 @@ def septal_thickening(c, rng, a):
 
 # Drawn from the pleura inward and from the haze to the hard structures, so that none hides another.
 PAINTED = [
-    ("Pleural effusion", pleural_effusion),
-    ("Mosaic attenuation pattern", mosaic),
-    ("Emphysema", emphysema),
-    ("Lung opacity", lung_opacity),
-    ("Interlobular septal thickening", septal_thickening),
-    ("Consolidation", consolidation),
-    ("Atelectasis", atelectasis),
-    ("Pulmonary fibrotic sequela", fibrotic_sequela),
-    ("Bronchiectasis", bronchiectasis),
-    ("Peribronchial thickening", peribronchial),
-    ("Lung nodule", lung_nodule),
-    ("Lymphadenopathy", lymphadenopathy),
-    ("Hiatal hernia", hiatal_hernia),
+    ("Pleural effusion", pleural_effusion), ("Mosaic attenuation pattern", mosaic), ("Emphysema", emphysema),
+    ("Lung opacity", lung_opacity), ("Interlobular septal thickening", septal_thickening),
+    ("Consolidation", consolidation), ("Atelectasis", atelectasis), ("Pulmonary fibrotic sequela", fibrotic_sequela),
+    ("Bronchiectasis", bronchiectasis), ("Peribronchial thickening", peribronchial), ("Lung nodule", lung_nodule),
+    ("Lymphadenopathy", lymphadenopathy), ("Hiatal hernia", hiatal_hernia),
     ("Arterial wall calcification", arterial_calcification),
-    ("Coronary artery wall calcification", coronary_calcification),
-    ("Medical material", medical_material),
-]
+    ("Coronary artery wall calcification", coronary_calcification), ("Medical material", medical_material),
+]  # fmt: skip
 
 
 def draw_labels(seed, index):
@@ -426,10 +422,10 @@ def draw_labels(seed, index):
 
 
 def draw_ct(seed, index, size=96, slices=24, labels=None):
-    """One chest CT: (image (D, H, W) int16 HU toward (Superior, Posterior, Left), spacing (3,) mm, labels (18,) int).
+    """One chest CT: image (D, H, W) int16 HU toward (Superior, Posterior, Left), spacing (3,) mm, labels (18,) int.
 
-    The patient, each finding and the noise have their own random numbers: with `labels` given, the same patient is drawn
-    with other findings.
+    The patient, each finding and the noise have random numbers of their own: with `labels` given, the same
+    patient is drawn with other findings.
     """
     labels = draw_labels(seed, index) if labels is None else np.asarray(labels)
     has = dict(zip(CT_RATE_LABELS, labels, strict=True))
@@ -459,3 +455,139 @@ def draw_ct(seed, index, size=96, slices=24, labels=None):
     noise[:, :, 1:-1] += grain * (noise[:, :, 2:] + noise[:, :, :-2])
     c.hu += noise * rng.uniform(6, 28)
     return np.clip(np.rint(c.hu), -1024, 3071).astype(np.int16), spacing, labels
+
+
+# ==== Chest CT: files ===========================================================================================
+
+PRESENT = ["There is {}.", "{} is seen.", "{} is present.", "Findings consistent with {} are observed."]
+ABSENT = ["No {} was detected.", "There is no {}.", "{} is not observed."]
+
+
+def write_report(seed, index, labels):
+    """(findings, impression): a sentence for each finding present and for some of those absent, in random order."""
+    rng = np.random.default_rng([seed, index, 3])
+    findings, impression = [], []
+    for name, value in zip(CT_RATE_LABELS, labels, strict=True):
+        if value or rng.random() < 0.4:
+            sentence = str(rng.choice(PRESENT if value else ABSENT)).format(name.lower())
+            findings.append(sentence[0].upper() + sentence[1:])
+        if value:
+            impression.append(f"{name}.")
+    rng.shuffle(findings)
+    return " ".join(findings), " ".join(impression) or "No abnormality was detected."
+
+
+def series_of(index):
+    """(split, series id) of a patient: of ten, 7 train, 1 val, 2 test, numbered as in CT-RATE, which has no test."""
+    block, place = divmod(index, 10)
+    if place in (2, 5, 8):
+        return "val" if place == 2 else "test", f"valid_{block * 3 + place // 3 + 1}_a_1"
+    return "train", f"train_{block * 7 + place - (place + 1) // 3 + 1}_a_1"
+
+
+def write_ct(index, out, seed, size, slices, nifti):
+    """Draw one patient and write its files; returns its row of the tables."""
+    image, spacing, labels = draw_ct(seed, index, size, slices)
+    split, series = series_of(index)
+    np.savez(out / "ct" / "volumes" / f"{series}.npz", image=image[None], spacing=spacing)
+    if nifti:
+        hub = "train" if split == "train" else "valid"
+        folder = out / "dataset" / hub / series.rsplit("_", 2)[0] / series.rsplit("_", 1)[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        dz, dy, dx = (float(s) for s in spacing)
+        affine = np.diag(
+            [-dx, -dy, dz, 1.0]
+        )  # NIfTI's world is right-to-left, back-to-front: columns run to -x, rows to -y
+        volume = nibabel.Nifti1Image(np.ascontiguousarray(image.transpose(2, 1, 0)), affine)
+        volume.header.set_xyzt_units("mm")
+        data = gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0)
+        (folder / f"{series}.nii.gz").write_bytes(data)
+    rng = np.random.default_rng([seed, index, 4])
+    findings, impression = write_report(seed, index, labels)
+    metadata = {
+        "VolumeName": f"{series}.nii.gz",
+        "Manufacturer": str(rng.choice(["Siemens Healthineers", "PNMS", "SIEMENS"])),
+        "PatientSex": str(rng.choice(["F", "M"])),
+        "PatientAge": f"{rng.integers(20, 90):03d}Y",
+        "Rows": size,
+        "Columns": size,
+        "XYSpacing": f"[{float(spacing[2]):.6f}, {float(spacing[1]):.6f}]",
+        "RescaleIntercept": 0,
+        "RescaleSlope": 1,
+        "NumberofSlices": slices,
+        "ZSpacing": round(float(spacing[0]), 6),
+        "StudyDate": f"{rng.integers(2015, 2024)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}",
+    }
+    return series, split, labels.tolist(), metadata, (findings, impression)
+
+
+def make_ct(args):
+    """Write all files of the chest CT demo."""
+    if args.n < 10:
+        raise UserError(f"--n {args.n}: too few patients for a split (use 10 or more)")
+    if args.size < 32 or args.slices < 8:
+        raise UserError(f"--size {args.size} --slices {args.slices}: too small for anatomy (use 32 and 8 or more)")
+    (args.out / "ct" / "volumes").mkdir(parents=True, exist_ok=True)
+    one = partial(write_ct, out=args.out, seed=args.seed, size=args.size, slices=args.slices, nifti=args.nifti)
+    if args.num_workers > 1:
+        with ProcessPoolExecutor(args.num_workers) as pool:
+            rows = list(pool.map(one, range(args.n), chunksize=8))
+    else:
+        rows = [one(index) for index in range(args.n)]
+
+    table = [
+        [series, split, f"volumes/{series}.npz", series.rsplit("_", 2)[0], *labels]
+        for series, split, labels, *_ in rows
+    ]
+    columns = ["series_id", "split", "img_path", "patient_id", *CT_RATE_LABELS]
+    csv = args.out / "ct" / "all_ct_wlabels.csv"
+    pd.DataFrame(table, columns=columns).to_csv(csv, index=False)
+    if args.nifti:
+        for hub, long in (("train", "train"), ("valid", "validation")):
+            chosen = [row for row in rows if row[0].startswith(hub)]
+            names = [row[3]["VolumeName"] for row in chosen]
+            texts = pd.DataFrame([row[4] for row in chosen], columns=["Findings_EN", "Impressions_EN"])
+            labels = pd.DataFrame([row[2] for row in chosen], columns=CT_RATE_LABELS)
+            for folder, name, frame in (
+                ("radiology_text_reports", f"{long}_reports.csv", texts),
+                ("multi_abnormality_labels", f"{hub}_predicted_labels.csv", labels),
+                ("metadata", f"{long}_metadata.csv", pd.DataFrame([row[3] for row in chosen])),
+            ):
+                if "VolumeName" not in frame:
+                    frame.insert(0, "VolumeName", names)
+                (args.out / "dataset" / folder).mkdir(parents=True, exist_ok=True)
+                frame.to_csv(args.out / "dataset" / folder / name, index=False)
+    print(f"{args.n} volumes ({args.slices} x {args.size} x {args.size}) -> {csv}")
+
+
+# ==== Main =====================================================================================================
+
+
+def parse_args(argv=None):
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=show)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ct = commands.add_parser("ct", help="chest CT volumes with the 18 findings of CT-RATE", formatter_class=show)
+    ct.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to")
+    ct.add_argument("--n", type=int, default=500, help="number of patients, one volume each")
+    ct.add_argument("--size", type=int, default=96, help="side of a slice in pixels")
+    ct.add_argument("--slices", type=int, default=16, help="slices of a volume")
+    ct.add_argument("--seed", type=int, default=42, help="seed of patients, findings and noise")
+    ct.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="drawing processes")
+    ct.add_argument("--no-nifti", dest="nifti", action="store_false", help="leave out the CT-RATE tree")
+    ct.set_defaults(run=make_ct)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

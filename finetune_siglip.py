@@ -42,14 +42,24 @@ LOG, RESULTS, LAST = "training.log", "results.jsonl", "last.pth"
 TOP, BEST = "checkpoint_epoch_{epoch}.pth", "best_model.pth"
 WANDB_PROJECT = "siglip-ct-classification"
 # A checkpoint can only be continued or evaluated with these as they were.
-FIXED_ARGS = ["model_config", "label_columns", "num_slices", "image_size", "channels", "windows", "slice_pool"]
+FIXED_ARGS = [
+    "model_config",
+    "label_columns",
+    "num_slices",
+    "image_size",
+    "channels",
+    "windows",
+    "slice_pool",
+    "feature_norm",
+]
 
 WINDOWS = {"lung": (-600, 1000), "mediastinum": (40, 400), "bone": (700, 1500), "wide": (0, 2000)}  # HU: centre, width
 
+NO_DECAY = ("position_embedding.weight", "probe", "slice_pool.position")  # besides norms and biases
 # A SigLIP ViT: width E, layers, heads, MLP width, patch and image side in pixels
 VIT = ("width", "layers", "heads", "mlp", "patch", "image")
 ARCHS = {
-    "siglip-tiny": {"family": "siglip", **dict(zip(VIT, (128, 4, 4, 384, 8, 64), strict=True))},
+    "siglip-tiny": {"family": "siglip", **dict(zip(VIT, (96, 2, 4, 288, 16, 64), strict=True))},
     "base-224": {"family": "siglip", **dict(zip(VIT, (768, 12, 12, 3072, 16, 224), strict=True))},
     "large-384": {"family": "siglip", **dict(zip(VIT, (1024, 24, 16, 4096, 16, 384), strict=True))},
     "so400m-384": {"family": "siglip", **dict(zip(VIT, (1152, 27, 16, 4304, 14, 384), strict=True))},
@@ -90,6 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--channels", choices=["windows", "neighbours"], default="windows", help="what the 3 inputs hold")
     add("--windows", nargs="+", metavar="W", help=f"{', '.join(WINDOWS)} or centre,width in HU (lung mediastinum bone)")
     add("--slice-pool", choices=["attention", "mean"], default="attention", help="pooling over slices")
+    add(
+        "--feature-norm",
+        choices=["none", "batch"],
+        default="none",
+        help="batch-norm of pooled features (as MAE's probe)",
+    )
     add("--freeze-up-to", type=int, default=0, metavar="N", help="backbone layers to freeze")
     add("--dropout-rate", type=float, default=0.1, help="dropout in the classification head")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last ViT block")
@@ -150,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-only", type=Path, metavar="CKPT", help="score a checkpoint and write --test-output")
     add("--test-output", default="test_predictions.csv", help="predictions; a bare name: in --output-dir")
     add("--split", default="val", help="rows of the CSV that --test-only scores")
-    add("--slice-weights", type=Path, help="npz for the slice weights, (n, S), of --test-only")
+    add("--slice-weights", type=Path, help="npz for the slice weights, (n, S, K), of --test-only")
 
     add = parser.add_argument_group("checkpoint").add_argument
     add("--output-dir", type=Path, default=Path("./outputs"), help="folder of the run")
@@ -180,6 +196,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.model_config = None
     if args.csv is None and not args.test_only:
         raise UserError("--csv is missing (the table of volumes and labels)")
+    if args.epochs < 1 or args.batch_size < 1 or args.accum_steps < 1:
+        raise UserError("--epochs, --batch-size and --accum-steps must be at least 1")
     if not args.pretrained and not args.test_only:
         raise UserError("--pretrained is missing (a weight file, or 'none' with --arch for random weights)")
     return args
@@ -208,7 +226,6 @@ class CTVolumes(Dataset):
 
     def __init__(self, table, args, train: bool):
         self.args, self.train, self.class_names = args, train, list(args.label_columns)
-        self.shape = (args.num_slices, args.image_size, args.image_size)
         self.ids = table["series_id"].tolist()
         patient = table["patient_id"] if "patient_id" in table.columns else table["series_id"].map(common.group_of)
         self.groups = patient.tolist()
@@ -219,19 +236,29 @@ class CTVolumes(Dataset):
     def __len__(self):
         return len(self.ids)
 
+    def read(self, index: int) -> common.Volume:
+        reading = {"layout": self.args.layout, "value_range": self.args.value_range, **self.options[index]}
+        return common.read_volume(self.paths[index], **reading)
+
+    def notes(self) -> str:
+        """What reading the first volume found out: orientation, kind of values, anything odd."""
+        try:
+            volume = self.read(0)
+        except UserError as e:
+            return str(e)
+        return ", ".join([f"{self.ids[0]}, shape {volume.array.shape}, spacing {volume.spacing} mm", *volume.notes])
+
     def load(self, index: int, jitter: float = 0.0) -> np.ndarray:
         """(S, h, w) int16 HU."""
-        a = self.args
-        reading = {"layout": a.layout, "value_range": a.value_range, **self.options[index]}
-        volume = common.read_volume(self.paths[index], **reading)
+        a, volume = self.args, self.read(index)
         return common.sample_volume(
             volume.array, volume.spacing, a.num_slices, a.image_size, slice_spacing=a.slice_spacing, jitter=jitter
         )
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        rng = np.random.default_rng((self.args.seed, epoch, index))
-        augment = self.train and self.args.augment
+        (epoch, index), a = key, self.args
+        rng = np.random.default_rng((a.seed, epoch, index))
+        augment = self.train and a.augment
         jitter = rng.uniform(-0.5, 0.5) if augment else 0.0
         bad, source = 0, index
         while True:
@@ -239,11 +266,11 @@ class CTVolumes(Dataset):
                 volume = self.load(source, jitter)
                 break
             except UserError:
-                if self.args.on_bad_sample == "fail":
+                if a.on_bad_sample == "fail":
                     raise
                 bad += 1
                 if not self.train:  # an unread case stays in its place, marked, and is reported as missing
-                    volume = np.full(self.shape, -1000, np.int16)
+                    volume = np.full((a.num_slices, a.image_size, a.image_size), -1000, np.int16)
                     break
                 if bad > len(self):
                     raise
@@ -385,7 +412,7 @@ class SiglipVision(nn.Module):
         self.head = AttentionPool(width, config["heads"], config["mlp"])
         self.out_width, self.grad_checkpointing = width, False
         self.apply(init_weights)
-        nn.init.normal_(self.embeddings["position_embedding"].weight, std=width**-0.5)
+        nn.init.normal_(self.embeddings["position_embedding"].weight)  # strong, or a random tower is slow to see places
         nn.init.normal_(self.head.probe, std=width**-0.5)
 
     def positions(self, rows: int, columns: int):
@@ -466,15 +493,19 @@ class MerlinResNet(nn.Module):
 
 
 class SlicePool(nn.Module):
-    """Weights over slices, softmax(w . tanh(V f)); w starts at 0, so that the first pooling is the mean."""
+    """Attention over slices for each label (arXiv 1802.04712): softmax over s of w_k . tanh(V f_s + p_s).
 
-    def __init__(self, width: int, hidden: int = 128):
+    w starts at 0, so that the first pooling is the mean; p_s tells where in the body a slice lies.
+    """
+
+    def __init__(self, width: int, num_slices: int, num_labels: int, hidden: int = 128):
         super().__init__()
-        self.hidden, self.score = nn.Linear(width, hidden), nn.Linear(hidden, 1, bias=False)
+        self.hidden, self.score = nn.Linear(width, hidden), nn.Linear(hidden, num_labels, bias=False)
+        self.position = nn.Parameter(torch.randn(num_slices, hidden))
         nn.init.zeros_(self.score.weight)
 
     def forward(self, features):
-        return self.score(torch.tanh(self.hidden(features)))[..., 0].float().softmax(1)  # (B, S)
+        return self.score(torch.tanh(self.hidden(features) + self.position)).float().softmax(1)  # (B, S, K)
 
 
 class CTClassifier(nn.Module):
@@ -490,10 +521,14 @@ class CTClassifier(nn.Module):
         self.backbone = MerlinResNet(config) if self.is_3d else SiglipVision(config, args.drop_path)
         self.backbone.grad_checkpointing = args.grad_checkpointing
         width = self.backbone.out_width
-        self.slice_pool = SlicePool(width) if args.slice_pool == "attention" and not self.is_3d else None
+        n_labels, self.slice_pool = len(args.label_columns), None
+        if args.slice_pool == "attention" and not self.is_3d:
+            self.slice_pool = SlicePool(width, args.num_slices, n_labels)
+        n_pooled = n_labels if self.slice_pool else 1
+        self.feature_norm = nn.BatchNorm1d(n_pooled * width, affine=False) if args.feature_norm == "batch" else None
         self.classifier = nn.Sequential(
             nn.Dropout(args.dropout_rate), nn.Linear(width, width // 2), nn.ReLU(),
-            nn.Dropout(args.dropout_rate), nn.Linear(width // 2, len(args.label_columns)),
+            nn.Dropout(args.dropout_rate), nn.Linear(width // 2, n_labels),
         )  # fmt: skip
         self.classifier.apply(init_weights)
         centre, size = torch.tensor(parse_windows(args)).T
@@ -524,20 +559,27 @@ class CTClassifier(nn.Module):
         return ((x - self.low) / self.width).clamp(0, 1)
 
     def features(self, volume, theta=None, gain=None):
-        """-> pooled features (B, E) and the weight of each slice (B, S)."""
+        """-> features (B, K, E) pooled for each label and the weights of the slices (B, S, K); K is 1 if all share."""
         x = self.to_channels(volume, theta, gain)
         B, S = x.shape[:2]
         if self.is_3d:  # Merlin was trained with rows from right to left and columns from back to front
             x = x.transpose(1, 2).flip(-1, -2).transpose(-1, -2)  # (B, 3, S, w, h)
-            return self.backbone(x), volume.new_full((B, S), 1 / S, dtype=torch.float32)
+            return self.backbone(x)[:, None], volume.new_full((B, S, 1), 1 / S, dtype=torch.float32)
         x = (2 * x - 1).flatten(0, 1)  # (B * S, 3, h, w)
         chunks = x.split(self.slice_chunk) if self.slice_chunk else [x]
         f = torch.cat([self.backbone(c) for c in chunks]).unflatten(0, (B, S))  # (B, S, E)
-        weights = self.slice_pool(f) if self.slice_pool else f.new_full((B, S), 1 / S)
-        return torch.einsum("bs,bse->be", weights, f.float()), weights
+        weights = self.slice_pool(f) if self.slice_pool else f.new_full((B, S, 1), 1 / S)
+        return torch.einsum("bsk,bse->bke", weights, f.float()), weights
+
+    def classify(self, features):
+        """(B, K or 1, E) -> logits (B, K): the k-th output for the features pooled for label k."""
+        if self.feature_norm is not None:
+            features = self.feature_norm(features.flatten(1)).view_as(features)
+        hidden, last = self.classifier[:-1](features), self.classifier[-1]
+        return (hidden * last.weight).sum(-1) + last.bias
 
     def forward(self, volume, theta=None, gain=None):
-        return self.classifier(self.features(volume, theta, gain)[0])
+        return self.classify(self.features(volume, theta, gain)[0])
 
 
 def parse_windows(args) -> list[tuple[float, float]]:
@@ -809,7 +851,7 @@ def build_optimizer(model, args):
     groups = {}
     last = max(depth_of(n, model) for n, _ in model.named_parameters())
     for name, p in model.named_parameters():
-        decay = args.weight_decay if p.ndim >= 2 and not name.endswith(("position_embedding.weight", "probe")) else 0.0
+        decay = args.weight_decay if p.ndim >= 2 and not name.endswith(NO_DECAY) else 0.0
         scale = args.layer_decay ** (last - depth_of(name, model))
         group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(p)
@@ -905,7 +947,7 @@ def forward_backward(net, micro_batches, criterion, scaler, autocast, ctx):
 def predict(model, dataset, ctx, say=None) -> dict:
     """Logits of every case, each exactly once: the same on every rank and, to the last digit, for any number of ranks.
 
-    -> logits (n, K) and slice_weights (n, S) float32; failed: indices of cases that could not be read, whose rows are
+    -> logits (n, K), slice_weights (n, S, K or 1) float32; failed: indices of unreadable cases, whose rows are
     NaN. Batches are padded to one fixed size, because a matrix product's last digits depend on it.
     """
     args = dataset.args
@@ -921,17 +963,15 @@ def predict(model, dataset, ctx, say=None) -> dict:
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
-            logits = torch.cat(
-                [model.classifier(f[None]) for f in features]
-            )  # by row: a batch's digits depend on place
-            out = torch.cat([logits.float(), weights.float()], 1).cpu()  # (size, K + S)
+            heads = [model.classify(f[None]) for f in features]  # one by one: digits depend on the place in a batch
+            out = torch.cat([torch.cat(heads).float(), weights.float().flatten(1)], 1).cpu()  # (size, K + S * K)
             rows.append(torch.where(batch["bad"][:, None] > 0, math.nan, out))
-    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)  # (n, K + S)
-    logits, weights = rows.split([len(dataset.class_names), rows.shape[1] - len(dataset.class_names)], 1)
+    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)
+    logits, weights = rows[:, : len(dataset.class_names)], rows[:, len(dataset.class_names) :]
     return {
         "logits": logits,
         "probs": logits.double().sigmoid().numpy(),
-        "slice_weights": weights,
+        "slice_weights": weights.unflatten(1, (args.num_slices, -1)),
         "failed": logits.isnan().any(1).nonzero()[:, 0].tolist(),
     }
 
@@ -986,13 +1026,14 @@ def train(args, ctx):
 
     # ---- 2. data, model, loss, optimizer
     seed_everything(args.seed)  # the same weights on every rank
-    model = build_model(args, log.info).to(ctx.device)
     train_set, val_set = build_datasets(args)
+    model = build_model(args, log.info).to(ctx.device)
     criterion = build_criterion(args, train_set).to(ctx.device)
     optimizer = build_optimizer(model, args)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
     n_weights = sum(p.numel() for p in model.parameters()) / 1e6
-    log.info(f"{n_weights:.1f} M weights, {len(train_set)} training and {len(val_set)} validation cases, {ctx}")
+    log.info(f"{n_weights:.1f} M weights, {len(train_set)} training and {len(val_set)} validation cases, on {ctx}")
+    log.info(f"first training case: {train_set.notes()}")
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict
     parts = {"model": model, "ema": ema and ema.module, "optimizer": optimizer, "scaler": scaler}

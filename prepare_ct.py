@@ -196,7 +196,7 @@ def run_jobs(work, jobs: list[dict], args, done, on_bad_sample: str) -> list[tup
         bar.update()
         return not args.stop and not (failed and on_bad_sample == "fail")
 
-    with tqdm(total=len(jobs), desc=args.command, unit="volume") as bar:
+    with tqdm(total=len(jobs), desc=args.command, unit="volume", disable=None) as bar:
         if args.num_workers == 0:
             all(receive(job, attempt(work, job)) for job in jobs)  # until the first that says stop
         elif jobs:

@@ -11,11 +11,12 @@ SEED="${SEED:-42}"
 
 # ---- the demo: phantoms, then a small model trained on them from random weights
 DEMO_DIR="${DEMO_DIR:-demo}"
-DEMO_N="${DEMO_N:-500}"
-DEMO_EPOCHS="${DEMO_EPOCHS:-20}"
+DEMO_N="${DEMO_N:-1000}"
+DEMO_EPOCHS="${DEMO_EPOCHS:-15}"
 DEMO_RECIPE=(
-    --pretrained none --arch siglip-tiny --num-slices 16 --lr 1e-3 --scheduler cosine --warmup 50
-    --use-ema --monitor macro_auroc
+    --pretrained none --arch siglip-tiny --num-slices 16 --image-size 64 --no-augment --feature-norm batch
+    --lr 1.5e-3 --weight-decay 0.05 --scheduler cosine --warmup 50 --use-ema --ema-decay 0.995
+    --monitor macro_auroc --num-workers 0
 )
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -109,9 +110,10 @@ newest_model() {
 }
 
 demo() {
-    local data=$DEMO_DIR/ct/all_ct_wlabels.csv out=$OUTPUT_BASE_DIR/demo
-    run "$PYTHON" "$HERE/demo_data.py" ct --out "$DEMO_DIR" --n "$DEMO_N" --seed "$SEED"
-    finetune --csv "$data" --epochs "$DEMO_EPOCHS" "${DEMO_RECIPE[@]}" --output-dir "$out" --overwrite "$@"
+    local data=$DEMO_DIR/ct/all_ct_wlabels.csv cache=$DEMO_DIR/cache out=$OUTPUT_BASE_DIR/demo
+    run "$PYTHON" "$HERE/demo_data.py" ct --out "$DEMO_DIR" --n "$DEMO_N" --seed "$SEED" --no-nifti
+    run "$PYTHON" "$HERE/prepare_ct.py" cache --csv "$data" --out "$cache" --num-slices 16 --image-size 64
+    finetune --csv "$cache/volumes.csv" --epochs "$DEMO_EPOCHS" "${DEMO_RECIPE[@]}" --output-dir "$out" --overwrite "$@"
     run "$PYTHON" "$HERE/evaluate.py" --test-only "$out/best_model.pth" --split test --output "$out/eval"
     "$PYTHON" - "$out/eval/results.json" <<'PYTHON'
 import json, sys

@@ -9,11 +9,11 @@ cd "$HERE"
 source ./setup.sh
 set_up requirements-dev.txt
 
-which=(-m "not slow")
+markers="not slow"
 if [[ ${1:-} == --all ]]; then
-    which=()
+    markers=""
     shift
 fi
 "$PYTHON" -m ruff check .
 export OMP_NUM_THREADS=1 # one test process a core is faster than one process with two threads
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "${which[@]}" "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile -m "$markers" "$@"

@@ -42,7 +42,7 @@ DEFAULTS = re.findall(r"^- `(--[\w-]+)`: (.*?)(?:\[(.*?)\].*)?\(default: (.*?)\)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """all_ct_wlabels.csv (72 train, 8 val) in the document's form, small.csv (16, 8), a SigLIP and a Merlin weight file.
+    """all_ct_wlabels.csv (72 train, 8 val) in the document's form, small.csv (16, 8), SigLIP and Merlin weight files.
 
     The SigLIP tower is narrow, but has layers enough for `--freeze-up-to 50`.
     """

@@ -21,7 +21,9 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
 CUTS = {"--n 500": "--n 40", "--epochs 20": "--epochs 1"}
 DEMO = {"DEMO_N": "40", "DEMO_EPOCHS": "1"}
-FENCE = re.compile(r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 BLOCKS = [m.groupdict() for m in FENCE.finditer(README)]
 RUN = [b["body"] for b in BLOCKS if b["language"] == "bash" and not b["mark"]]
 MISTAKES = re.findall(r"^\$ (.+)\n(error: .+)$", "".join(b["body"] for b in BLOCKS if b["language"] == "console"), re.M)
@@ -45,7 +47,9 @@ def after_all_commands(tmp_path_factory):
             command = block
             for words, fewer in CUTS.items():
                 command = command.replace(words, fewer)
-            result = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=copy, capture_output=True, text=True)
+            result = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", command], cwd=copy, capture_output=True, text=True
+            )
             output[block] = result.stdout + result.stderr
             assert result.returncode == 0, f"{command}\n{output[block][-3000:]}"
     return copy, output
@@ -99,7 +103,9 @@ def test_file_tree_is_complete():
     tree = next(b["body"] for b in BLOCKS if b["language"] == "text" and "common.py " in b["body"])
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
     assert all(len(line.split()) > 1 for line in tree.splitlines())
-    there = {p.name for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".txt", ".toml", ".md") or p.name == "LICENSE"}
+    there = {
+        p.name for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".txt", ".toml", ".md") or p.name == "LICENSE"
+    }
     there |= {name for name in ("tests", "benchmarks", "configs", ".ci") if any((ROOT / name).glob("*[!c_]"))}
     assert listed == there
 

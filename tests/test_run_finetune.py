@@ -55,8 +55,8 @@ PRESETS = {
     "balanced": {"epochs": 75, "batch_size": 10, "loss": "balanced", "amp": "auto", "early_stopping_patience": 12},
     "advanced": {
         "epochs": 150, "batch_size": 16, "accum_steps": 4, "lr": 2e-4, "weight_decay": 1e-5, "scheduler": "cosine",
-        "warmup": 1000, "loss": "focal", "focal_gamma": 2.5, "focal_alpha": 0.8, "freeze_up_to": 50, "max_grad_norm": 0.5,
-        "dropout_rate": 0.2, "amp": "auto", "use_ema": True, "early_stopping_patience": 20,
+        "warmup": 1000, "loss": "focal", "focal_gamma": 2.5, "focal_alpha": 0.8, "freeze_up_to": 50, "amp": "auto",
+        "dropout_rate": 0.2, "max_grad_norm": 0.5, "use_ema": True, "early_stopping_patience": 20,
     },
     "debug": {"epochs": 5, "batch_size": 4, "loss": "bce"},
 }  # fmt: skip
