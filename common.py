@@ -716,6 +716,20 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomic(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
+def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
+    """A model to evaluate, and what evaluation needs to know. Averaged weights stand in the place of raw ones."""
+    return {
+        "task": task,
+        "args": plain_args(args),
+        "model": model.state_dict(),
+        "ema": None,
+        "class_names": list(args.label_columns),
+        "thresholds": None,
+        "metrics": {k: float(v) for k, v in metrics.items()},
+        "versions": versions(),
+    }
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read one of our checkpoints to the CPU.
 

@@ -399,12 +399,9 @@ class SiglipVision(nn.Module):
     def __init__(self, config: dict, drop_path: float = 0.0):
         super().__init__()
         width, patch, self.grid = config["width"], config["patch"], config["image"] // config["patch"]
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": nn.Conv2d(3, width, patch, patch),
-                "position_embedding": nn.Embedding(self.grid**2, width),
-            }
-        )
+        self.embeddings = nn.ModuleDict()
+        self.embeddings["patch_embedding"] = nn.Conv2d(3, width, patch, patch)
+        self.embeddings["position_embedding"] = nn.Embedding(self.grid**2, width)
         rates = [drop_path * i / max(1, config["layers"] - 1) for i in range(config["layers"])]
         blocks = [Block(width, config["heads"], config["mlp"], rate) for rate in rates]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
@@ -428,9 +425,8 @@ class SiglipVision(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])  # (n, N, E)
         for block in self.encoder["layers"]:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(
-                    block, x, use_reentrant=False
-                )  # the reentrant form gives no gradient above a frozen stem
+                # the reentrant form would give no gradient above a frozen stem
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
         return self.post_layernorm(x)
@@ -455,9 +451,8 @@ class Bottleneck3d(nn.Module):
         self.conv3, self.bn3 = nn.Conv3d(width, 4 * width, 1, bias=False), nn.BatchNorm3d(4 * width)
         self.downsample = None
         if stride != 1 or c_in != 4 * width:
-            self.downsample = nn.Sequential(
-                nn.Conv3d(c_in, 4 * width, 1, stride, bias=False), nn.BatchNorm3d(4 * width)
-            )
+            conv = nn.Conv3d(c_in, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm3d(4 * width))
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -723,11 +718,8 @@ def config_of(family: str, state: dict, source: str) -> dict:
     if config_file.is_file():
         config = json.loads(config_file.read_text())
         heads = config.get("vision_config", config).get("num_attention_heads", heads)
-    side = {14: 384}.get(patch, 0) if grid == 27 else 0  # 384 px with patch 14 use 378 of them
-    return {
-        "family": family, "width": width, "layers": layers, "heads": heads, "mlp": mlp, "patch": patch,
-        "image": side or grid * patch,
-    }  # fmt: skip
+    image = 384 if (grid, patch) == (27, 14) else grid * patch  # so400m: 378 of the 384 pixels are used
+    return {"family": family, **dict(zip(VIT, (width, layers, heads, mlp, patch, image), strict=True))}
 
 
 def export_weights(model: CTClassifier) -> dict:
@@ -776,9 +768,6 @@ def forward_flops(model, args) -> float:
     with FlopCounterMode(display=False) as counter:
         deepcopy(model).to("meta")(torch.empty(1, args.num_slices, side, side, device="meta"))
     return counter.get_total_flops()
-
-
-# ---- what trains
 
 
 def layers_in_order(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -1031,8 +1020,9 @@ def train(args, ctx):
     criterion = build_criterion(args, train_set).to(ctx.device)
     optimizer = build_optimizer(model, args)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    n_weights = sum(p.numel() for p in model.parameters()) / 1e6
-    log.info(f"{n_weights:.1f} M weights, {len(train_set)} training and {len(val_set)} validation cases, on {ctx}")
+    log.info(
+        f"{sum(p.numel() for p in model.parameters()):,} weights, {len(train_set)} training and {len(val_set)} validation cases, on {ctx}"
+    )
     log.info(f"first training case: {train_set.notes()}")
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict
@@ -1065,7 +1055,9 @@ def train(args, ctx):
 
     def save():
         if ctx.master:
-            common.save_last(args.output_dir / LAST, checkpoint_of(args, state, parts))
+            states = {k: v.state_dict() if v is not None else None for k, v in parts.items()}
+            whole = {**common.model_checkpoint(TASK, args, model, {}), "state": state, **states}
+            common.save_last(args.output_dir / LAST, whole)
             best.prune()  # only now does no checkpoint on disk need the files that dropped out
 
     # ---- 5. one iteration is one optimizer step
@@ -1127,13 +1119,12 @@ def train(args, ctx):
         if evaluating:  # all ranks, the same numbers on each
             judged = ema.module if ema else model
             metrics = evaluate(judged, val_set, criterion, ctx)
-            epoch_done, train_loss = (
-                math.ceil(step / sampler.per_epoch),
-                state["loss_sum"] / max(1, state["loss_steps"]),
-            )
+            epoch_done = math.ceil(step / sampler.per_epoch)
+            train_loss = state["loss_sum"] / max(1, state["loss_steps"])
             score = -metrics["val_loss"] if args.monitor == "val_loss" else metrics[args.monitor]
             name = TOP.format(epoch=epoch_done, **metrics)
-            improved = best.add(score, step, name, model_checkpoint(args, judged, metrics), ctx.master)
+            entry = common.model_checkpoint(TASK, args, judged, metrics)
+            improved = best.add(score, step, name, entry, ctx.master)
             if ctx.master:
                 common.link_file(args.output_dir / best.entries[0]["path"], args.output_dir / BEST)
             stale, plateau = (0, 0) if improved else (state["stale"] + 1, state["plateau"] + 1)
@@ -1157,33 +1148,9 @@ def train(args, ctx):
     return finish(args, ctx, model, val_set, best, log)
 
 
-def checkpoint_of(args, state, parts) -> dict:
-    """Everything a run needs to go on."""
-    return {
-        **model_checkpoint(args, parts["model"], {}),
-        "state": state,
-        **{k: v.state_dict() if v is not None else None for k, v in parts.items()},
-    }
-
-
-def model_checkpoint(args, model, metrics) -> dict:
-    """A model to evaluate, and what evaluation needs to know. Averaged weights stand in the place of raw ones."""
-    return {
-        "task": TASK,
-        "args": common.plain_args(args),
-        "model": model.state_dict(),
-        "ema": None,
-        "class_names": list(args.label_columns),
-        "thresholds": None,
-        "metrics": {k: float(v) for k, v in metrics.items()},
-        "versions": common.versions(),
-    }
-
-
 def finish(args, ctx, model, val_set, best, log) -> int:
     """Thresholds for the best model, which is still in memory; best_model.pth and the export."""
-    entry = best.entries[0]
-    checkpoint = best.memory[entry["path"]]
+    entry, checkpoint = best.entries[0], best.memory[best.entries[0]["path"]]
     model.load_state_dict(checkpoint["model"])
     checkpoint["thresholds"] = tune_thresholds(model, val_set, ctx)
     if ctx.master:

@@ -88,7 +88,7 @@ def tiny_args(folder, out, *more):
     """Command line of a run of seconds: two-layer-like tiny ViT, 6 slices of 24 pixels."""
     return [
         "finetune_siglip.py", "--csv", folder / "t.csv", "--pretrained", "none", "--arch", "siglip-tiny",
-        "--label-columns", *LABELS, "--num-slices", 6, "--image-size", 24, "--batch-size", 4, "--epochs", 3,
+        "--label-columns", *LABELS, "--num-slices", 6, "--image-size", 32, "--batch-size", 4, "--epochs", 3,
         "--lr", "1e-3", "--num-workers", 0, "--output-dir", out, "--log-interval", 1, *more,
     ]  # fmt: skip
 

@@ -347,8 +347,8 @@ def test_neighbours_are_the_slices_below_and_above():
 
 
 def test_attention_over_slices_starts_as_the_mean_and_then_moves():
-    mean = classifier("--arch", "siglip-tiny", "--slice-pool", "mean").eval()
-    attention = classifier("--arch", "siglip-tiny").eval()
+    mean = classifier("--arch", "siglip-tiny", "--num-slices", 5, "--slice-pool", "mean").eval()
+    attention = classifier("--arch", "siglip-tiny", "--num-slices", 5).eval()
     attention.load_state_dict(mean.state_dict(), strict=False)
     v = volume_of()
     torch.testing.assert_close(attention(v), mean(v))
@@ -358,14 +358,14 @@ def test_attention_over_slices_starts_as_the_mean_and_then_moves():
     with torch.no_grad():
         attention.slice_pool.score.weight.normal_()
     weights = attention.features(v)[1]
-    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, 18))
     assert weights.std() > 0.001 and not torch.allclose(attention(v), mean(v))
 
 
 def test_slice_chunks_change_memory_only():
-    model = classifier("--arch", "siglip-tiny").eval()
+    model = classifier("--arch", "siglip-tiny", "--num-slices", 5).eval()
     whole = model(volume_of())
-    model.slice_chunk = 3
+    model.slice_chunk = make_args("--arch", "siglip-tiny", "--slice-chunk", 3).slice_chunk
     torch.testing.assert_close(model(volume_of()), whole)
     sizes = []
     model.backbone.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])))
@@ -383,7 +383,7 @@ def test_drop_path_drops_whole_branches_in_training_only():
     assert [
         round(b.drop_path, 3)
         for b in classifier("--arch", "siglip-tiny", "--drop-path", 0.3).backbone.encoder["layers"]
-    ] == [0, 0.1, 0.2, 0.3]
+    ] == [0, 0.3]
 
 
 def test_augmentation_moves_the_picture_and_its_brightness():
@@ -409,7 +409,7 @@ def test_augmentation_moves_the_picture_and_its_brightness():
 
 @pytest.mark.parametrize(("n", "last"), [(30, "encoder.layers.3.self_attn.v_proj"), (50, "encoder.layers.5.mlp.fc2")])
 def test_freeze_up_to_names_its_layers(n, last):
-    """Layers of base-224 in forward order: patch and position embedding, then 8 a block (norm, q, k, v, out, norm, fc1, fc2)."""
+    """In forward order: patch and position embedding, then norm, q, k, v, out, norm, fc1, fc2 a block."""
     args = make_args("--arch", "base-224", "--freeze-up-to", n, "--label-columns", "a")
     with torch.device("meta"):
         model = siglip.CTClassifier(args)
@@ -433,7 +433,7 @@ def test_freeze_up_to_names_its_layers(n, last):
 
 def test_freezing_more_than_there_is_is_an_error():
     model, args = classifier("--arch", "siglip-tiny"), make_args("--arch", "siglip-tiny", "--freeze-up-to", 500)
-    with pytest.raises(UserError, match="has 41 layers"):
+    with pytest.raises(UserError, match="has 25 layers"):
         siglip.set_trainable(model, args, 0)
 
 
@@ -450,7 +450,7 @@ def test_every_unfrozen_layer_gets_a_gradient(arch, mode):
     model.train()
     model(volume_of(3)).square().sum().backward()
     without = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert all("slice_pool.hidden" in k or "k_proj.bias" in k for k in without), (
+    assert all("slice_pool.hidden" in k or "slice_pool.position" in k or "k_proj.bias" in k for k in without), (
         without
     )  # zero by symmetry, not by loss
     frozen = [k for k, p in model.named_parameters() if not p.requires_grad]
@@ -502,9 +502,9 @@ def test_layer_decay_and_weight_decay_groups():
     named = {k: of[id(p)] for k, p in model.named_parameters()}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(named)
     scales = {
-        "backbone.embeddings.patch_embedding.weight": 0.5**5,
-        "backbone.encoder.layers.0.mlp.fc1.weight": 0.5**4,
-        "backbone.encoder.layers.3.mlp.fc1.weight": 0.5,
+        "backbone.embeddings.patch_embedding.weight": 0.5**3,
+        "backbone.encoder.layers.0.mlp.fc1.weight": 0.5**2,
+        "backbone.encoder.layers.1.mlp.fc1.weight": 0.5,
         "backbone.head.mlp.fc1.weight": 1.0,
         "classifier.1.weight": 1.0,
     }
@@ -542,7 +542,7 @@ def test_ema_is_an_exponential_average_with_warm_up():
 
 
 def test_sampler_order_does_not_depend_on_the_split():
-    """The same samples make up each step for 1 to 4 ranks and any accumulation; a resumed sampler continues the order."""
+    """The same samples make up each step for 1 to 4 ranks and any accumulation; a resumed sampler goes on."""
 
     def steps(world, accum, batch, n_steps=5, start=0):
         out = []

@@ -1,4 +1,4 @@
-"""The house rules of the training scripts: one order, the same text where it must be the same, sizes, help for each flag."""
+"""The house rules of the training scripts: one order, shared text, sizes, help for each flag."""
 
 import ast
 import difflib
@@ -9,7 +9,7 @@ from conftest import ROOT
 
 SCRIPTS = ["finetune_siglip.py"]
 # Text that must be equal in every script that has it. Lines that end in `# task` are the script's own.
-SHARED_BLOCKS = ["EMA", "StepSampler", "lr_at", "forward_backward", "autocast_of", "checkpoint_of", "train"]
+SHARED_BLOCKS = ["EMA", "StepSampler", "lr_at", "forward_backward", "autocast_of", "train"]
 SECTIONS = ["Arguments", "Data", "Model", "Loss and optimizer", "Loop parts", "Evaluation", "Train", "Main"]
 HOOKS = {
     "build_datasets": ["args"],
