@@ -1020,9 +1020,7 @@ def train(args, ctx):
     criterion = build_criterion(args, train_set).to(ctx.device)
     optimizer = build_optimizer(model, args)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    log.info(
-        f"{sum(p.numel() for p in model.parameters()):,} weights, {len(train_set)} training and {len(val_set)} validation cases, on {ctx}"
-    )
+    log.info(f"{len(train_set)} training and {len(val_set)} validation cases, on {ctx}")
     log.info(f"first training case: {train_set.notes()}")
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict

@@ -19,8 +19,8 @@ import common
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
-CUTS = {"--n 500": "--n 40", "--epochs 20": "--epochs 1"}
-DEMO = {"DEMO_N": "40", "DEMO_EPOCHS": "1"}
+CUTS = {"--n 500": "--n 60", "--epochs 20": "--epochs 1"}
+DEMO = {"DEMO_N": "60", "DEMO_EPOCHS": "1"}
 FENCE = re.compile(
     r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )

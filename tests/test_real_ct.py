@@ -57,7 +57,7 @@ def test_training_and_evaluation(three_ways, tmp_path):
     run("evaluate.py", "--test-only", tmp_path / "npz" / "best_model.pth", "--output", out)
     table = pd.read_csv(out / "predictions.csv")
     assert sorted(table["id"]) == ["valid_1_a_1", "valid_2_a_1", "valid_3_a_1"] and table.notna().all(axis=None)
-    labels = json.loads((out / "results.json").read_text())["labels"]
+    labels = json.loads((out / "results.json").read_text())["per_label"]
     defined = [name for name, row in labels.items() if row["auroc"] is not None]
     assert defined == ["Lung nodule"] and len(labels) == len(CT_RATE_LABELS)
     assert (out / "report.html").read_text().count("undefined") >= 17

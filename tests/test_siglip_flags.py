@@ -1,4 +1,4 @@
-"""finetune_siglip.py: each flag acts. Those seen at work in other tests (freezing, resume, windows ...) are not repeated."""
+"""finetune_siglip.py: each flag acts. Those seen at work in other tests are not repeated here."""
 
 import json
 import time
@@ -60,7 +60,8 @@ def test_reading_flags(tmp_path):
     """--layout, --value-range, --augment and --metadata change what the model is given."""
     unit = np.linspace(0, 1, 4 * 6 * 8, dtype=np.float32).reshape(1, 4, 6, 8)
     np.savez(tmp_path / "a.npz", image=unit)
-    pd.DataFrame([["a", "train", "a.npz", 1], ["b", "val", "a.npz", 0]], columns=["series_id", "split", "img_path", "x"]).to_csv(tmp_path / "t.csv", index=False)  # fmt: skip
+    columns = {"series_id": ["a", "b"], "split": ["train", "val"], "img_path": "a.npz", "x": [1, 0]}
+    pd.DataFrame(columns).to_csv(tmp_path / "t.csv", index=False)
 
     def first(*words):
         args = make_args(
