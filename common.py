@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import tokenize
+import warnings
 import zipfile
 import zlib
 from datetime import timedelta
@@ -1702,6 +1703,9 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 def run_main(main) -> int:
     """Run `main()` and return its exit code: 0 done, 2 user's mistake (one line on stderr), 3 and 143 as it returns."""
+    warnings.filterwarnings(
+        "ignore", "This DataLoader will create"
+    )  # more workers than cores: said at every evaluation
     try:
         return main() or 0
     except UserError as e:
