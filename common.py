@@ -1445,7 +1445,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, ctx: Context, text_name: str, jsonl_name: str, step: int = 0):
-        self.master, self.writers = ctx.master, []
+        self.master, self.writers, self.closers = ctx.master, [], []
         self.jsonl = folder / jsonl_name
         self.logger = logging.getLogger(str(folder))
         self.logger.handlers.clear()
@@ -1486,6 +1486,7 @@ class RunLog:
 
             writer = SummaryWriter(str(folder), purge_step=purge_step)
             self.writers.append(lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()])
+            self.closers.append(writer.close)
 
     def add_wandb(self, args, default_project: str) -> None:
         """Log to Weights & Biases if `--wandb-project`, `--wandb-mode` or a WANDB_ variable asks for it.
@@ -1517,6 +1518,7 @@ class RunLog:
                 ),
             )  # fmt: skip
             self.writers.append(lambda step, values: run.log(values, step=step))
+            self.closers.append(run.finish)
         except Exception as e:  # whatever wandb raises must not end a training
             self.warning(f"wandb: not logging ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
 
@@ -1525,6 +1527,15 @@ class RunLog:
         values = {k: float(v) for k, v in values.items() if math.isfinite(v)}
         for write in self.writers:
             write(step, values)
+
+    def close(self) -> None:
+        """Finish what is written to, and let another run have the folder."""
+        for close in self.closers:
+            close()
+        for handler in self.logger.handlers:
+            handler.close()
+        if self.master:
+            self.lock.close()
 
 
 WANDB_CHOICES = {"arch", "loss", "optimizer", "scheduler", "amp", "monitor", "channels"}  # text that is no path

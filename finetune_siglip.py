@@ -1139,6 +1139,7 @@ def train(args, ctx):
             progress.skip()
         if stopping:
             log.info(f"{stop.name or 'a signal on another rank'}: saved at step {step} (--resume auto continues)")
+            log.close()
             return 143
     bar.close()
 
@@ -1156,6 +1157,7 @@ def finish(args, ctx, model, val_set, best, log) -> int:
         if args.export:
             common.save_weights(args.export, export_weights(model))
     log.info(f"best: step {entry['step']}, {args.monitor} {abs(entry['score']):.4f} -> {args.output_dir / BEST}")
+    log.close()
     return 0
 
 
