@@ -246,7 +246,8 @@ class CTVolumes(Dataset):
             volume = self.read(0)
         except UserError as e:
             return str(e)
-        return ", ".join([f"{self.ids[0]}, shape {volume.array.shape}, spacing {volume.spacing} mm", *volume.notes])
+        a, facts = volume.array, [f"spacing {volume.spacing} mm", *volume.notes]
+        return ", ".join([f"{self.ids[0]}, {a.min()} to {a.max()} HU, shape {a.shape}", *facts])
 
     def load(self, index: int, jitter: float = 0.0) -> np.ndarray:
         """(S, h, w) int16 HU."""
@@ -1008,8 +1009,7 @@ def train(args, ctx):
         "bad_samples": [], "loss_sum": 0.0, "loss_steps": 0,
         "global_batch": args.batch_size * args.accum_steps * ctx.world,
     }  # fmt: skip
-    if saved:
-        state = saved["state"]
+    state = saved["state"] if saved else state
     log = RunLog(args.output_dir, ctx, LOG, RESULTS, state["step"])
     autocast, scaler = autocast_of(args, ctx.device)
 
@@ -1143,7 +1143,7 @@ def train(args, ctx):
             return 143
     bar.close()
 
-    # ---- 6. the best model, with thresholds from the validation split
+    # ---- 6. the best model, its thresholds
     return finish(args, ctx, model, val_set, best, log)
 
 

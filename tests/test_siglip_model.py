@@ -559,3 +559,19 @@ def test_sampler_order_does_not_depend_on_the_split():
     for world, accum, batch in [(2, 1, 4), (4, 2, 1), (1, 4, 2), (2, 2, 2)]:
         assert steps(world, accum, batch) == reference
     assert steps(2, 2, 2, 3, start=2) == reference[2:]
+
+
+def test_flops_of_a_slice_are_the_closed_form():
+    """35.42 GFLOP for one 224-pixel image through base-224 (a multiply-add is two), the reference's count."""
+    args = make_args("--arch", "base-224", "--num-slices", 1, "--slice-pool", "mean", "--label-columns", "a")
+    with torch.device("meta"):
+        model = siglip.CTClassifier(args)
+    assert siglip.forward_flops(model, args) == pytest.approx(35.42e9, rel=0.01)
+
+
+def test_a_hub_id_without_network_ends_in_one_line(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="google/siglip-none: could not be fetched from the hub"):
+        common.load_weights("google/siglip-none")
