@@ -89,8 +89,8 @@ def test_flags_exist():
     """Every --flag of the text and of the commands is one of a script of ours, of torchrun, or of Slurm."""
     known = {"--all"} | {f"--{name}" for name in ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time")}
     known |= {"--signal", "--requeue", "--open-mode"}
-    for name in SCRIPTS:
-        source = (ROOT / f"{name}.py").read_text()
+    for path in [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "benchmarks").glob("*.py")]:
+        source = path.read_text()
         known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]+", source))
         known |= {f"--no-{f}" for f in re.findall(r'"--([a-z][\w-]+)"', source)}
     torchrun = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True)
