@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from isal import igzip, isal_zlib
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # The 18 findings of CT-RATE in the official order (VLM3D challenge, Task 2).
@@ -554,6 +555,12 @@ class Context:
     def barrier(self) -> None:
         self.any(False)
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0, such as batch-norm statistics, so that all judge the same model."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
 
 def pick_device(requested: str = "auto", local_rank: int | None = None) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1` or a bare GPU index -> device; `local_rank` is set under torchrun.
@@ -651,17 +658,19 @@ def set_deterministic(on: bool) -> None:
 class StopSignal:
     """True once SIGTERM, SIGUSR1 or SIGINT has come. The handler only sets a flag: a collective inside it would hang.
 
-    A second signal acts at once, as if nobody listened.
+    A second one, over two seconds later, acts at once, as if nobody listened; sooner, it is torchrun's copy.
     """
 
     def __init__(self):
-        self.name = None
+        self.name, self.time = None, math.inf
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if time.monotonic() > self.time + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.name, self.time = signal.Signals(number).name, min(self.time, time.monotonic())
 
     def __bool__(self):
         return self.name is not None
@@ -783,6 +792,14 @@ def save_last(path: Path, checkpoint: dict) -> None:
     save_checkpoint(path, checkpoint)
 
 
+def forget_run(last: Path, ctx: Context) -> None:
+    """At a fresh start, with the folder locked: a run that was here before must not be what `--resume auto` finds."""
+    if ctx.master:
+        last.unlink(missing_ok=True)
+        previous_of(last).unlink(missing_ok=True)
+    ctx.barrier()
+
+
 def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}_previous{path.suffix}")
 
@@ -798,7 +815,6 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
     if not args.resume:
         if path.exists() and not args.overwrite:
             raise UserError(f"{args.output_dir}: holds a run (--resume auto continues it, --overwrite starts anew)")
-        previous_of(path).unlink(missing_ok=True)
         return None
     if args.resume != "auto":
         saved = load_checkpoint(args.resume)
@@ -1705,6 +1721,28 @@ def note_bad_samples(args, state: dict, micro_batches, dataset, ctx: Context) ->
             f"{len(state['bad_samples'])} of {len(dataset)} training samples are unreadable, see bad_samples.csv "
             "(--max-bad-fraction)"
         )
+
+
+def data_loader(dataset, batches, args, ctx: Context) -> DataLoader:
+    """A loader whose workers outlive the job's signals, and which gives up on one that keeps silent."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        worker_init_fn=outlive_signals,
+        timeout=60 * args.timeout_minutes if args.num_workers else 0,
+        pin_memory=ctx.device.type == "cuda",
+    )
+
+
+def check_positive(args) -> None:
+    """Raise UserError for a flag whose zero would be a division by it, an endless run, or no training at all."""
+    names = ["epochs", "batch_size", "accum_steps", "top_k", "save_every", "log_interval"]
+    for name in [*names, "early_stopping_patience", "max_bad_steps"]:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_grad_norm <= 0:
+        raise UserError("--max-grad-norm must be positive (inf: no clipping)")
 
 
 def plain_args(args: argparse.Namespace) -> dict:

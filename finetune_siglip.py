@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -42,16 +42,8 @@ LOG, RESULTS, LAST = "training.log", "results.jsonl", "last.pth"
 TOP, BEST = "checkpoint_epoch_{epoch}.pth", "best_model.pth"
 WANDB_PROJECT = "siglip-ct-classification"
 # A checkpoint can only be continued or evaluated with these as they were.
-FIXED_ARGS = [
-    "model_config",
-    "label_columns",
-    "num_slices",
-    "image_size",
-    "channels",
-    "windows",
-    "slice_pool",
-    "feature_norm",
-]
+FIXED_ARGS = ["model_config", "label_columns", "num_slices", "image_size", "channels", "windows", "slice_pool"]
+FIXED_ARGS += ["feature_norm", "optimizer", "weight_decay", "layer_decay", "use_ema"]
 
 WINDOWS = {"lung": (-600, 1000), "mediastinum": (40, 400), "bone": (700, 1500), "wide": (0, 2000)}  # HU: centre, width
 
@@ -196,8 +188,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.model_config = None
     if args.csv is None and not args.test_only:
         raise UserError("--csv is missing (the table of volumes and labels)")
-    if args.epochs < 1 or args.batch_size < 1 or args.accum_steps < 1:
-        raise UserError("--epochs, --batch-size and --accum-steps must be at least 1")
+    common.check_positive(args)
     if not args.pretrained and not args.test_only:
         raise UserError("--pretrained is missing (a weight file, or 'none' with --arch for random weights)")
     return args
@@ -544,7 +535,8 @@ class CTClassifier(nn.Module):
         """(B, S, h, w) int16 HU -> (B, S, 3, h, w) float32 in [0, 1]."""
         x = volume.float()
         if theta is not None:
-            grid = F.affine_grid(theta, [len(x), 1, *x.shape[-2:]], align_corners=False)
+            with torch.autocast(x.device.type, enabled=False):  # bf16 coordinates would be off by a pixel
+                grid = F.affine_grid(theta, [len(x), 1, *x.shape[-2:]], align_corners=False)
             x = F.grid_sample(x + 1000, grid, align_corners=False) - 1000  # outside is air
             x = (x + 1000) * gain[:, :1, None, None] - 1000 + gain[:, 1:, None, None]
         if self.channels == "neighbours":
@@ -594,9 +586,6 @@ def parse_windows(args) -> list[tuple[float, float]]:
             raise UserError(f"--windows: '{name}': the width must be positive")
         windows.append((float(centre), float(width)))
     return windows
-
-
-# ---- weights of other programs -> our names
 
 
 def backbone_weights(state: dict, source: str) -> tuple[str, dict]:
@@ -714,7 +703,7 @@ def config_of(family: str, state: dict, source: str) -> dict:
     except (KeyError, ValueError) as e:
         raise UserError(f"{source}: not a whole SigLIP image tower ({e}; NaFlex weights are not supported)") from e
     layers = len({k.split(".")[2] for k in state if k.startswith("encoder.layers.")})
-    heads = {1152: 16}.get(width, max(1, width // 64))
+    heads = {96: 4, 1152: 16, 1536: 16}.get(width, max(1, width // 64))
     config_file = Path(source) / "config.json" if Path(source).is_dir() else Path(source).parent / "config.json"
     if config_file.is_file():
         config = json.loads(config_file.read_text())
@@ -767,7 +756,7 @@ def forward_flops(model, args) -> float:
     """Floating-point operations of one volume's forward pass, counted on the meta device."""
     side = args.image_size
     with FlopCounterMode(display=False) as counter:
-        deepcopy(model).to("meta")(torch.empty(1, args.num_slices, side, side, device="meta"))
+        deepcopy(model).to("meta").eval()(torch.empty(1, args.num_slices, side, side, device="meta"))
     return counter.get_total_flops()
 
 
@@ -945,24 +934,25 @@ def predict(model, dataset, ctx, say=None) -> dict:
     index = list(range(ctx.rank, len(dataset), ctx.world)) or [0]
     padded = index + [index[-1]] * (-len(index) % size)
     keys = [[(0, i) for i in padded[b : b + size]] for b in range(0, len(padded), size)]
-    loader = DataLoader(
-        dataset, batch_sampler=keys, num_workers=args.num_workers, worker_init_fn=common.outlive_signals,
-        timeout=60 * args.timeout_minutes if args.num_workers else 0, pin_memory=ctx.device.type == "cuda",
-    )  # fmt: skip
+    loader = common.data_loader(dataset, keys, args, ctx)
     rows = []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
             heads = [model.classify(f[None]) for f in features]  # one by one: digits depend on the place in a batch
-            out = torch.cat([torch.cat(heads).float(), weights.float().flatten(1)], 1).cpu()  # (size, K + S * K)
-            rows.append(torch.where(batch["bad"][:, None] > 0, math.nan, out))
-    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)
+            bad = batch["bad"][:, None].float()
+            rows.append(torch.cat([bad, torch.cat(heads).float().cpu(), weights.float().flatten(1).cpu()], 1))
+    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)  # (n, 1 + K + S * K)
+    failed, rows = rows[:, 0] > 0, rows[:, 1:]
+    if not rows[~failed].isfinite().all():
+        raise UserError("the model's outputs are not finite (--amp bf16 or none)")
+    rows[failed] = math.nan
     logits, weights = rows[:, : len(dataset.class_names)], rows[:, len(dataset.class_names) :]
     return {
         "logits": logits,
         "probs": logits.double().sigmoid().numpy(),
         "slice_weights": weights.unflatten(1, (args.num_slices, -1)),
-        "failed": logits.isnan().any(1).nonzero()[:, 0].tolist(),
+        "failed": failed.nonzero()[:, 0].tolist(),
     }
 
 
@@ -993,7 +983,7 @@ def tune_thresholds(model, dataset, ctx) -> list[float]:
 
 def autocast_of(args, device):
     """(autocast, gradient scaler): both do nothing unless the precision asks for it."""
-    best = "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "fp16"
+    best = "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"none": None, "auto": best, "fp16": "fp16", "bf16": "bf16"}[args.amp]
     torch_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, torch_dtype, enabled=dtype is not None)
@@ -1011,6 +1001,8 @@ def train(args, ctx):
     }  # fmt: skip
     state = saved["state"] if saved else state
     log = RunLog(args.output_dir, ctx, LOG, RESULTS, state["step"])
+    if not saved:
+        common.forget_run(args.output_dir / LAST, ctx)
     autocast, scaler = autocast_of(args, ctx.device)
 
     # ---- 2. data, model, loss, optimizer
@@ -1020,14 +1012,13 @@ def train(args, ctx):
     criterion = build_criterion(args, train_set).to(ctx.device)
     optimizer = build_optimizer(model, args)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    log.info(f"{len(train_set)} training and {len(val_set)} validation cases, on {ctx}")
-    log.info(f"first training case: {train_set.notes()}")
+    log.info(f"{len(train_set)} training and {len(val_set)} validation cases, on {ctx}; first: {train_set.notes()}")
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict
     parts = {"model": model, "ema": ema and ema.module, "optimizer": optimizer, "scaler": scaler}
     if saved:
         for name, part in parts.items():
-            if part is not None:
+            if part is not None and (saved[name] or name != "scaler"):
                 part.load_state_dict(saved[name])
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP.format(epoch="*"), args.top_k, state["best"])
@@ -1042,11 +1033,7 @@ def train(args, ctx):
     if ctx.device.type == "cuda" if args.compile is None else args.compile:
         model.compile()
     net, epoch = None, -1
-    loader = DataLoader(
-        train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=common.outlive_signals,
-        timeout=60 * args.timeout_minutes if args.num_workers else 0, pin_memory=ctx.device.type == "cuda",
-    )  # fmt: skip
-    batches = iter(loader)
+    batches = iter(common.data_loader(train_set, sampler, args, ctx))
     flops = 3 * forward_flops(model, args) * args.batch_size * args.accum_steps if ctx.device.type == "cuda" else 0
     progress = Progress(max_steps, sampler.per_epoch, ctx.device, flops)
     bar = tqdm(total=max_steps, initial=state["step"], disable=None if ctx.master else True, desc=TASK)
@@ -1116,6 +1103,7 @@ def train(args, ctx):
         evaluating = final or step % sampler.per_epoch == 0
         if evaluating:  # all ranks, the same numbers on each
             judged = ema.module if ema else model
+            ctx.share_buffers(judged)
             metrics = evaluate(judged, val_set, criterion, ctx)
             epoch_done = math.ceil(step / sampler.per_epoch)
             train_loss = state["loss_sum"] / max(1, state["loss_steps"])
@@ -1138,6 +1126,7 @@ def train(args, ctx):
             save()
             progress.skip()
         if stopping:
+            ctx.barrier()  # torchrun ends the others once one leaves: rank 0 must have saved
             log.info(f"{stop.name or 'a signal on another rank'}: saved at step {step} (--resume auto continues)")
             log.close()
             return 143
@@ -1149,6 +1138,8 @@ def train(args, ctx):
 
 def finish(args, ctx, model, val_set, best, log) -> int:
     """Thresholds for the best model, which is still in memory; best_model.pth and the export."""
+    if not best.entries:
+        raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, checkpoint = best.entries[0], best.memory[best.entries[0]["path"]]
     model.load_state_dict(checkpoint["model"])
     checkpoint["thresholds"] = tune_thresholds(model, val_set, ctx)
@@ -1173,6 +1164,7 @@ def test(args, ctx) -> int:
     out = predict(build_eval_model(saved, model_args, ctx.device), dataset, ctx, "prediction")
     code = 3 if out["failed"] else 0
     if not ctx.master:
+        ctx.barrier()  # torchrun ends the others once one leaves
         return code
     thresholds, source = common.choose_thresholds(args.threshold, saved)
     path = Path(args.test_output) if "/" in args.test_output else args.output_dir / args.test_output
@@ -1186,6 +1178,7 @@ def test(args, ctx) -> int:
     print(f"{read.sum()} of {len(read)} cases -> {path}")
     for i in out["failed"]:
         print(f"failed: {dataset.ids[i]}: {dataset.paths[i]}", file=sys.stderr)
+    ctx.barrier()
     return code
 
 
