@@ -207,3 +207,35 @@ def test_config_file_sets_defaults_and_refuses_unknown_keys(tiny_ct, tmp_path, c
     with pytest.raises(common.UserError, match=r"unknown key 'epoch' \(did you mean 'epochs'\?\)"):
         siglip.parse_args([*base, "--config", str(tmp_path / "bad.yaml")])
     assert len(LABELS) == 3
+
+
+@pytest.mark.parametrize(
+    "flag", ["--epochs", "--batch-size", "--accum-steps", "--top-k", "--save-every", "--max-grad-norm"]
+)
+def test_zero_is_refused_where_it_would_stop_the_run(flag):
+    with pytest.raises(common.UserError, match=f"{flag} must be"):
+        make_args("--arch", "siglip-tiny", flag, 0)
+
+
+def test_augmentation_is_exact_under_autocast():
+    """In bf16 the sampling grid would be off by up to a pixel."""
+    model = classifier("--arch", "siglip-tiny", "--num-slices", 5)
+    theta, gain = (x[None].expand(2, *x.shape) for x in siglip.draw_augmentation(np.random.default_rng(0)))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.to_channels(volume_of(), theta, gain)
+    torch.testing.assert_close(inside, model.to_channels(volume_of(), theta, gain))
+
+
+def test_outputs_that_are_not_finite_are_no_unreadable_volumes(tiny_ct, tmp_path, monkeypatch, capsys):
+    classify = siglip.CTClassifier.classify
+    broken = lambda self, f: classify(self, f) * (1 if self.training else float("nan"))  # noqa: E731
+    monkeypatch.setattr(siglip.CTClassifier, "classify", broken)
+    assert call(*tiny_args(tiny_ct, tmp_path / "run", "--max-steps", 1)) == 2
+    assert "outputs are not finite" in capsys.readouterr().err
+
+
+def test_overwrite_forgets_the_run_that_was_there(tiny_ct, tmp_path):
+    words = tiny_args(tiny_ct, tmp_path / "run", "--epochs", 2)
+    assert call(*words) == 0 and (tmp_path / "run" / "last_previous.pth").exists()
+    assert call(*words, "--overwrite", "--max-steps", 1) == 0
+    assert not (tmp_path / "run" / "last_previous.pth").exists() and state_of(tmp_path / "run")["step"] == 1
