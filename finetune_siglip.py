@@ -1,6 +1,6 @@
 """Fine-tune SigLIP or Merlin on chest-CT volumes: several findings per volume, each present, absent or unknown.
 
-Model    a SigLIP / SigLIP 2 / MedSigLIP ViT over slices (2.5-D), pooled over slices by attention that starts as the
+Model    a SigLIP / SigLIP 2 / MedSigLIP ViT over slices (2.5-D), pooled for each label by attention that starts as the
          mean; or Merlin's inflated ResNet-152 over the whole volume. Recognised from the weight file.
 Papers   SigLIP arXiv 2303.15343, SigLIP 2 arXiv 2502.14786, Merlin arXiv 2406.06512, CT-RATE arXiv 2403.17834
 Data     CSV with series_id, split (train / val), img_path and one 0/1 column per label (empty or -1 = unknown);
@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
     add("--num-workers", type=int, default=4, help="data processes per rank")
     add("--seed", type=int, default=42, help="seed of weights, order, augmentation and dropout")
-    add("--check-ranks", action="store_true", help="compare the first step's gradients over the ranks")
+    add("--check-ranks", action="store_true", help="compare gradients over the ranks in every step (slow)")
     add("--timeout-minutes", type=float, default=30, help="how long ranks and data workers may keep silent")
 
     add = parser.add_argument_group("logging").add_argument
