@@ -88,14 +88,16 @@ def bce_loss(logits, targets, weight=None, pos_weight=None, reduction="mean") ->
     return _reduce(loss, mask, reduction)
 
 
-def focal_loss(logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=None, reduction="mean") -> torch.Tensor:
+def focal_loss(
+    logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=None, pos_weight=None, reduction="mean"
+) -> torch.Tensor:
     """alpha * (1 - p_t)^gamma * BCE (Lin et al. 2017, eq. 5). logits, targets: (B, K) -> scalar.
 
     form: "constant" multiplies both signs by alpha; "balanced" is the paper's alpha_t (and torchvision's), alpha for
-    positives and 1 - alpha for negatives (0.25 there), none if alpha < 0. weight: (K,) multiplies both signs.
+    positives and 1 - alpha for negatives (0.25 there), none if alpha < 0. weight, pos_weight: as in `bce_loss`.
     """
     logits, targets, mask = _known_float32(logits, targets)
-    bce = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="none")
+    bce = F.binary_cross_entropy_with_logits(logits, targets, weight, pos_weight=pos_weight, reduction="none")
     miss = targets * torch.sigmoid(-logits) + (1 - targets) * torch.sigmoid(logits)  # 1 - p_t, without cancellation
     if form == "balanced":
         alpha = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
@@ -105,12 +107,14 @@ def focal_loss(logits, targets, alpha=1.0, gamma=2.0, form="constant", weight=No
 
 
 def asymmetric_loss(
-    logits, targets, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_weight=True, reduction="mean"
-) -> torch.Tensor:
+    logits, targets, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_weight=True,
+    weight=None, pos_weight=None, reduction="mean",
+) -> torch.Tensor:  # fmt: skip
     """ASL (Ridnik et al. 2021): focal loss with its own gamma for each sign. logits, targets: (B, K) -> scalar.
 
     Negatives with p < clip cost nothing. detach_weight: no gradient through the focusing weight, the default of the
     authors' AsymmetricLoss (their AsymmetricLossOptimized has False). They sum; take reduction="sum" to compare.
+    weight, pos_weight: as in `bce_loss`.
     """
     logits, targets, mask = _known_float32(logits, targets)
     p = torch.sigmoid(logits)
@@ -120,7 +124,10 @@ def asymmetric_loss(
     weight_pos, weight_neg = _power(torch.sigmoid(-logits), gamma_pos), _power(shifted, gamma_neg)
     if detach_weight:
         weight_pos, weight_neg = weight_pos.detach(), weight_neg.detach()
+    if pos_weight is not None:
+        weight_pos = weight_pos * pos_weight
     loss = -targets * weight_pos * F.logsigmoid(logits) - (1 - targets) * weight_neg * log_not
+    loss = loss if weight is None else loss * weight
     return _reduce(loss, mask, reduction)
 
 
@@ -326,14 +333,40 @@ def f1_thresholds(targets, probs) -> np.ndarray:
     not flip it; the highest of equally good ones; 0.5 for a label without a known positive.
     """
     targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
+    return _best_thresholds(targets, probs, lambda tp, flagged: 2 * tp / (flagged + tp[-1]))
+
+
+def crg_thresholds(targets, probs) -> np.ndarray:
+    """(K,) thresholds with the highest `crg_score` over all labels together; else as `f1_thresholds`.
+
+    With all labels' negatives / positives as the worth of a hit in false alarms, the score grows with worth * TP - FP,
+    a sum over labels: each label can choose alone.
+    """
+    targets = np.asarray(targets, np.float64)
+    worth = _ratio((targets == 0).sum(), (targets == 1).sum(), 1.0)
+    return _best_thresholds(targets, probs, lambda tp, flagged: worth * tp - (flagged - tp))
+
+
+def fold_thresholds(probs, thresholds) -> np.ndarray:
+    """Probabilities (n, K) moved so that each label's threshold (K,) becomes 0.5, for a scorer with that fixed cut.
+
+    Piecewise linear and rising on [0, 1]: no ranking changes, so no AUROC does.
+    """
+    p, t, tiny = np.asarray(probs, np.float64), np.asarray(thresholds, np.float64), np.finfo(np.float64).tiny
+    return np.where(p < t, 0.5 * p / np.maximum(t, tiny), 1 - 0.5 * (1 - p) / np.maximum(1 - t, tiny))
+
+
+def _best_thresholds(targets, probs, gain) -> np.ndarray:
+    """gain(tp, flagged): what is to be highest, from the true positives and all cases at or above each score."""
+    targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
     best = np.full(probs.shape[1], 0.5)
     for k in range(len(best)):
         mask = targets[:, k] >= 0
         scores, group = np.unique(-probs[mask, k], return_inverse=True)  # negated: falling scores
         positives = np.cumsum(np.bincount(group, targets[mask, k]))
         if len(scores) and positives[-1] > 0:
-            f1 = 2 * positives / (np.cumsum(np.bincount(group)) + positives[-1])
-            best[k] = -(scores + np.append(scores[1:], 0))[np.argmax(f1)] / 2
+            value = gain(positives, np.cumsum(np.bincount(group)))
+            best[k] = -(scores + np.append(scores[1:], 0))[np.argmax(value)] / 2
     return best
 
 
@@ -852,8 +885,9 @@ class TopK:
     the run's own checkpoint has forgotten them, so that a kill in between loses nothing.
     """
 
-    def __init__(self, folder: Path, pattern: str, k: int, entries: list):
-        self.folder, self.pattern, self.k, self.entries = folder, pattern, k, entries
+    def __init__(self, folder: Path, name: str, k: int, entries: list):
+        """name: file name with {fields}, relative to `folder`."""
+        self.folder, self.pattern, self.k, self.entries = folder, re.sub(r"\{.*?\}", "*", name), k, entries
         self.memory = {}
         for entry in list(entries):
             try:
@@ -877,7 +911,7 @@ class TopK:
 
     def prune(self) -> None:
         for path in self.folder.glob(self.pattern):
-            if path.name not in self.memory:
+            if str(path.relative_to(self.folder)) not in self.memory:
                 path.unlink(missing_ok=True)
 
 
@@ -1073,10 +1107,18 @@ def versions() -> dict[str, str]:
 # Voxels that a file may hold, all channels counted. Headers are believed only up to here: a 1 MB file can claim 1 TB.
 MAX_VOXELS = int(float(os.environ.get("PLAINSCAN_MAX_VOXELS", 1e9)))
 MAX_CHANNELS = 16  # more than that in front is a volume stored in another axis order
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".npz", ".npy")
+SCAN_SUFFIXES = (".nii.gz", ".nii", ".mha")  # with an affine
+VOLUME_SUFFIXES = (*SCAN_SUFFIXES, ".npz", ".npy")
 SPACING_COLUMNS = ("spacing_z", "spacing_y", "spacing_x")  # mm
 RESCALE_COLUMNS = ("RescaleSlope", "RescaleIntercept")
 AIR = -1000  # HU
+WINDOWS = {  # HU: centre, width
+    "lung": (-600, 1000),
+    "mediastinum": (40, 400),
+    "bone": (700, 1500),
+    "wide": (0, 2000),
+    "chest": (-300, 1400),  # -1000 to 400, of the VLM3D slices
+}
 BODY_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}  # where a direction stands in the order S, P, L
 
 
@@ -1107,8 +1149,8 @@ def read_volume(
 ) -> Volume:
     """Read a CT volume; every format gives the same array for the same scan, bit for bit.
 
-    Formats: NIfTI-1 (.nii, .nii.gz), turned by its affine; .npz with key `image` (and `spacing`); .npy, memory-mapped
-    if it is the int16 of a cache. Of several channels the first is read.
+    Formats: NIfTI-1 (.nii, .nii.gz) and MetaImage (.mha), turned by their affine; .npz with key `image` (and
+    `spacing`); .npy, memory-mapped if it is the int16 of a cache. Of several channels the first is read.
 
     layout: axes of .npz and .npy, with or without C. "CDHW": increasing toward S, P, L. "CHWD": depth last, increasing
         toward R, A, S, as the preprocessing of the original SigLIP tool writes them (MONAI "RAS", (1, 256, 256, 192)).
@@ -1129,7 +1171,9 @@ def read_volume(
         raise UserError(f"{path}: not a volume by its name ({', '.join(VOLUME_SUFFIXES)} are read)")
     scaling, notes = (1.0, 0.0), []
     try:
-        if kind.startswith(".nii"):
+        if kind == ".mha":
+            array, axes, found = _read_mha(path, cap, notes)
+        elif kind.startswith(".nii"):
             array, axes, found, scaling = _read_nifti(path, cap, notes)
         else:
             array, found = _read_npz(path, cap) if kind == ".npz" else (_map_npy(path, cap), None)
@@ -1166,6 +1210,11 @@ def volume_options(row: dict) -> dict:
             except ValueError as e:
                 raise UserError(f"{', '.join(columns)}: {cells} are not all numbers") from e
     return options
+
+
+def is_scan(path: Path) -> bool:
+    """A file with an affine by its name: .nii.gz, .nii or .mha."""
+    return path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()
 
 
 def volume_name(name: str) -> str:
@@ -1258,14 +1307,123 @@ def sample_volume(
         index = np.floor(depth / 2 + (step - num_slices / 2) * (slice_spacing / spacing[0])).astype(int)
     slices = np.asarray(array[index.clip(0, depth - 1)])
     slices[(index < 0) | (index >= depth)] = AIR
+    return resize_slices(slices, (h, w))
+
+
+def resize_slices(slices: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarray:
+    """(S, H, W) int16 HU or uint8 levels -> (S, h, w) of the same type; the identity if that is the size already.
+
+    The darkest value (air, or 0) is padded to the aspect ratio of (h, w), then an antialiased bilinear resize.
+    """
+    height, width = slices.shape[1:]
+    h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
     if (height, width) == (h, w):
         return slices
     tall, wide = max(height, math.ceil(width * h / w)), max(width, math.ceil(height * w / h))
     top, left = (tall - height) // 2, (wide - width) // 2
     image = torch.from_numpy(slices)[:, None].float()  # (S, 1, H, W)
-    image = F.pad(image, (left, wide - width - left, top, tall - height - top), value=AIR)
+    dark = AIR if slices.dtype == np.int16 else 0
+    image = F.pad(image, (left, wide - width - left, top, tall - height - top), value=dark)
     image = F.interpolate(image, (h, w), mode="bilinear", antialias=True)
-    return image[:, 0].round().to(torch.int16).numpy()
+    return image[:, 0].round().numpy().astype(slices.dtype)
+
+
+def parse_windows(names) -> list[tuple[float, float]]:
+    """Names of WINDOWS, or 'centre,width' in HU -> [(centre, width)]; raises UserError."""
+    windows = []
+    for name in names:
+        try:
+            centre, width = WINDOWS[name] if name in WINDOWS else map(float, name.split(","))
+        except ValueError as e:
+            raise UserError(f"window '{name}' is neither of {', '.join(WINDOWS)} nor centre,width in HU") from e
+        if not width > 0 or not math.isfinite(centre + width):
+            raise UserError(f"window '{name}': the width must be positive")
+        windows.append((float(centre), float(width)))
+    return windows
+
+
+def window_levels(hu: torch.Tensor, low: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """(..., 1, h, w) HU -> (..., C, h, w) float32 of whole grey levels 0 to 255, a channel for each window.
+
+    low, width: (C, 1, 1) in HU. Whole levels, so that a slice stored as uint8 and one windowed in training are equal.
+    """
+    return ((hu.float() - low) * (255 / width)).clamp(0, 255).round()
+
+
+def chest_range(array: np.ndarray) -> tuple[int, int]:
+    """First and last slice (inclusive) of the chest in (D, H, W) int16 HU: the longest run of slices with structure.
+
+    A slice scores its standard deviation times its pixels above the 10th percentile; the upper 70 % count, and gaps of
+    up to 5 slices are bridged (mehreen019/vlm3d-task-2, 2d_slice_extractor.py). On every fourth row and column.
+    """
+    thin = np.clip(array[:, :: max(1, array.shape[1] // 128), :: max(1, array.shape[2] // 128)], AIR, 400)
+    thin = thin.reshape(len(thin), -1).astype(np.float32)  # (D, P)
+    rank = max(0, thin.shape[1] // 10 - 1)
+    lowest_tenth = np.partition(thin, rank, axis=1)[:, rank, None]
+    score = thin.std(1) * (thin > lowest_tenth).sum(1)
+    index = np.flatnonzero(score >= np.quantile(score, 0.3))
+    runs = np.split(index, np.flatnonzero(np.diff(index) > 5) + 1)
+    longest = max(runs, key=len)
+    return int(longest[0]), int(longest[-1])
+
+
+def pick_slices(array: np.ndarray, strategy: str = "multi_slice", n: int = 12) -> list[int]:
+    """Indices of the slices of (D, H, W) int16 HU that stand for the volume, rising, each once.
+
+    multi_slice: n over the chest, denser in the middle; anatomical: at six levels of it; best_slice: the one with most
+    structure and sharpest edges. Positions as in mehreen019/vlm3d-task-2, 2d_slice_extractor.py.
+    """
+    first, last = chest_range(array)
+    if strategy == "best_slice":
+        thin = np.clip(array[first : last + 1, ::2, ::2], AIR, 400).astype(np.float32)  # (d, h, w)
+        rows, columns = np.diff(thin, 2, axis=1)[:, :, 1:-1], np.diff(thin, 2, axis=2)[:, 1:-1]
+        edges = rows + columns  # Laplacian
+        parts = thin.std((1, 2)), edges.std((1, 2)), (thin > -900).mean((1, 2))
+        score = sum(weight * x / max(x.max(), 1e-6) for weight, x in zip((0.4, 0.3, 0.3), parts, strict=True))
+        return [first + int(score.argmax())]
+    if strategy == "anatomical":
+        levels = np.array([0.1, 0.25, 0.4, 0.55, 0.7, 0.85])
+    elif strategy == "multi_slice":
+        low, middle = int(0.2 * n), int(0.6 * n)
+        parts = np.linspace(0, 0.3, low), np.linspace(0.25, 0.75, middle), np.linspace(0.7, 1, n - low - middle)
+        levels = np.concatenate(parts)
+    else:
+        raise UserError(f"slice strategy '{strategy}' is not known (multi_slice, best_slice or anatomical)")
+    return sorted({first + round(float(level) * (last - first)) for level in levels})
+
+
+def stored_slices(array: np.ndarray, index, size: int, store: str, window: tuple[float, float]) -> np.ndarray:
+    """Slices of (D, H, W) int16 HU as prepare_ct.py stores them for a 2-D model -> (S, size, size).
+
+    store: "hu", int16, or "uint8", grey levels of the window (centre, width). Extraction, training and prediction see
+    the same pixels because all come through here.
+    """
+    hu = resize_slices(np.asarray(array[list(index)]), size)
+    if store == "hu":
+        return hu
+    (centre, width), whole = window, torch.from_numpy(hu)[:, None]
+    low = torch.tensor([centre - width / 2]).view(1, 1, 1)
+    return window_levels(whole, low, torch.tensor([float(width)]).view(1, 1, 1))[:, 0].to(torch.uint8).numpy()
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """One slice of a .npy file -> (H, W) uint8 grey levels (0-1 floats and uint8) or int16 HU. Raises UserError."""
+    try:
+        array = np.asarray(_map_npy(Path(path), MAX_VOXELS, "(H, W)", (2, 3)))
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such slice") from e
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, tokenize.TokenError) as e:
+        raise UserError(f"{path}: damaged or not a .npy: {' '.join(str(e).split())[:200]}") from e
+    if array.ndim == 3 and 1 not in (array.shape[0], array.shape[2]):
+        raise UserError(f"{path}: shape {array.shape}: one slice was expected, (H, W)")
+    array = array if array.ndim == 2 else array[0] if array.shape[0] == 1 else array[..., 0]
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or array.min() < -0.01 or array.max() > 1.01:
+            raise UserError(f"{path}: values outside 0 to 1 (HU are stored as int16)")
+        return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+    if array.dtype not in (np.uint8, np.int16):
+        raise UserError(f"{path}: type {array.dtype} (float 0-1, uint8 levels, or int16 HU)")
+    return np.array(array)
 
 
 def _read_nifti(path: Path, cap: int, notes: list):
@@ -1281,17 +1439,70 @@ def _read_nifti(path: Path, cap: int, notes: list):
             raise ValueError("not a one-file NIfTI-1")
         _read_exactly(file, offset - 348)
         data = _read_exactly(file, math.prod(shape) * dtype.itemsize, last=True)
-    affine = header.get_best_affine()
-    axes = "".join(map(str, nib.aff2axcodes(affine)))
-    if len(axes) != 3 or not np.isfinite(affine).all():
-        raise ValueError("the affine of the header is singular")
     if header["qform_code"] == 0 and header["sform_code"] == 0:
         notes.append("warning: the header gives no orientation, so left and right are a guess")
-    notes.append(f"stored axes {axes}")
-    sizes = dict(zip((BODY_AXIS[a] for a in axes), nib.affines.voxel_sizes(affine).tolist(), strict=True))
+    axes, spacing = _axes_of(header.get_best_affine(), notes)
     slope, intercept = header.get_slope_inter()
     scaling = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
-    return np.ndarray(shape, dtype, data, order="F"), axes, (sizes[0], sizes[1], sizes[2]), scaling
+    return np.ndarray(shape, dtype, data, order="F"), axes, spacing, scaling
+
+
+def _axes_of(affine: np.ndarray, notes: list):
+    """(4, 4) voxel -> RAS mm -> directions of the axes, such as 'LPS', and mm along S, P, L."""
+    axes = "".join(map(str, nib.aff2axcodes(affine))) if np.isfinite(affine).all() else ""
+    if len(axes) != 3 or "None" in axes:
+        raise ValueError("the affine of the header is singular")
+    notes.append(f"stored axes {axes}")
+    sizes = dict(zip((BODY_AXIS[a] for a in axes), nib.affines.voxel_sizes(affine).tolist(), strict=True))
+    return axes, (sizes[0], sizes[1], sizes[2])
+
+
+MHA_TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2"}
+MHA_TYPES |= {"MET_INT": "i4", "MET_UINT": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
+
+
+def _read_mha(path: Path, cap: int, notes: list):
+    """MetaImage with its data in the same file -> array (X, Y, Z), directions of its axes, spacing (S, P, L).
+
+    Row i of TransformMatrix is the direction of axis i in LPS, which is a column in ITK.
+    """
+    with path.open("rb") as file:
+        fields = {}
+        while "ElementDataFile" not in fields:
+            line = file.readline(4096).decode("latin-1")
+            if "=" not in line or len(fields) > 200:
+                raise ValueError("not a MetaImage header")
+            key, _, value = line.partition("=")
+            fields[key.strip()] = value.strip()
+
+        def numbers(names, default):
+            text = next((fields[n] for n in names if n in fields), default)
+            return [float(x) for x in text.split()]
+
+        shape = tuple(int(n) for n in numbers(["DimSize"], ""))
+        if fields["ElementDataFile"] != "LOCAL":
+            raise ValueError("its data are in another file (.mha holds header and data)")
+        if fields.get("ElementNumberOfChannels", "1") != "1" or fields.get("ElementType") not in MHA_TYPES:
+            raise ValueError(f"elements of type {fields.get('ElementType')}: one number a voxel was expected")
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true"
+        dtype = np.dtype((">" if big else "<") + MHA_TYPES[fields["ElementType"]])
+        _check_claim(shape, dtype, cap, "(X, Y, Z)", (3,))
+        size = math.prod(shape) * dtype.itemsize
+        if fields.get("CompressedData", "False").lower() == "true":
+            raw = isal_zlib.decompressobj().decompress(file.read(), size + 1)  # never more than the header claims
+            if len(raw) != size:
+                raise EOFError(f"it holds {len(raw)} of {size} bytes")
+            data = np.frombuffer(raw, np.uint8)
+        else:
+            data = _read_exactly(file, size)
+    spacing = numbers(["ElementSpacing", "ElementSize"], "1 1 1")[:3]
+    matrix = numbers(["TransformMatrix", "Rotation", "Orientation"], "1 0 0 0 1 0 0 0 1")
+    n_axes = math.isqrt(len(matrix))
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([-1, -1, 1]) @ np.reshape(matrix, (n_axes, n_axes))[:3, :3].T * spacing  # LPS to RAS
+    return np.ndarray(shape, dtype, data, order="F"), *_axes_of(affine, notes)
 
 
 def _read_npz(path: Path, cap: int):
@@ -1315,10 +1526,10 @@ def _read_npz(path: Path, cap: int):
     return arrays[0], tuple(arrays[1].tolist()) if len(arrays) > 1 else None
 
 
-def _map_npy(path: Path, cap: int) -> np.ndarray:
+def _map_npy(path: Path, cap: int, wanted: str = "(D, H, W) or (C, D, H, W)", dimensions=(3, 4)) -> np.ndarray:
     with path.open("rb") as file:
         shape, fortran, dtype = _npy_header(file)
-        _check_claim(shape, dtype, cap, "(D, H, W) or (C, D, H, W)", (3, 4))
+        _check_claim(shape, dtype, cap, wanted, dimensions)
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
@@ -1453,6 +1664,16 @@ def _to_int16(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 # ==== Run log ==================================================================================================
 
 
+def lock_folder(folder: Path):
+    """Keep other runs out of a folder until the returned file is closed, or the process ends; else UserError."""
+    lock = (folder / ".lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
+    return lock
+
+
 class RunLog:
     """Text, JSON lines, TensorBoard and wandb of a run, on rank 0; silent on the others, so calls need no `if`.
 
@@ -1469,11 +1690,8 @@ class RunLog:
         self.logger.setLevel(logging.INFO if ctx.master else logging.CRITICAL)
         if not ctx.master:
             return
-        self.lock = (folder / ".lock").open("a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
+        self.lock = lock_folder(folder)
+        (folder / text_name).parent.mkdir(parents=True, exist_ok=True)
         if self.jsonl.exists():
             lines = self.jsonl.read_text().splitlines(keepends=True)
             write_atomic(self.jsonl, "".join(line for line in lines if _step_of(line) <= step))
@@ -1496,8 +1714,11 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def add_tensorboard(self, folder: Path, purge_step: int = 0) -> None:
+    def add_tensorboard(self, folder: Path, args, purge_step: int = 0) -> None:
+        """Events of the run, and hparams.yaml, its arguments, beside them."""
         if self.master:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "hparams.yaml", yaml.safe_dump(plain_args(args), sort_keys=True))
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             writer = SummaryWriter(str(folder), purge_step=purge_step)
@@ -1554,7 +1775,8 @@ class RunLog:
             self.lock.close()
 
 
-WANDB_CHOICES = {"arch", "loss", "optimizer", "scheduler", "amp", "monitor", "channels"}  # text that is no path
+# text that is no path
+WANDB_CHOICES = {"arch", "model", "loss", "optimizer", "scheduler", "amp", "monitor", "channels", "aggregate"}
 
 
 class _TqdmHandler(logging.Handler):

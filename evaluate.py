@@ -61,9 +61,10 @@ from common import (
 )
 from report import number, people, read_scores, warnings_of, write_report
 
-TASKS = {"siglip": "finetune_siglip"}  # task in the checkpoint -> the script that trained it
+TASKS = {"siglip": "finetune_siglip", "task2": "run_task2"}  # task in the checkpoint -> the script that trained it
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
-OVERRIDES = ("csv", "split", "data_root", "metadata", "batch_size", "num_workers")  # of a checkpoint's arguments
+# of a checkpoint's arguments
+OVERRIDES = ("csv", "slice_dir", "data_dir", "split", "data_root", "metadata", "batch_size", "num_workers")
 LEVEL = 0.95  # of the intervals
 
 
@@ -76,6 +77,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--labels", type=Path, help="CSV with id and label columns, for --predictions")
     group.add_argument("--label-columns", nargs="+", metavar="NAME", help="labels of --labels to evaluate (all)")
     group.add_argument("--csv", type=Path, help="other data for the checkpoint, in the form its script reads")
+    group.add_argument("--slice-dir", type=Path, help="other slices for a checkpoint of run_task2.py")
+    group.add_argument("--data-dir", type=Path, help="folder of their labels")
     group.add_argument("--split", help="rows of the CSV to evaluate (what the script evaluates)")
     group.add_argument("--data-root", type=Path, help="folder img_path may not leave (as in training)")
     group.add_argument("--metadata", type=Path, help="CSV of rescale slopes and intercepts (as in training)")
@@ -183,34 +186,38 @@ def cases_of_checkpoint(args, ctx) -> Cases:
     """Run the checkpoint's model over its data; every rank returns the same cases."""
     saved = load_checkpoint(args.test_only)
     script = script_of(saved, args.test_only)
-    given = {name: getattr(args, name) for name in OVERRIDES}
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    foreign = [name for name in given if name not in saved["args"]]
+    if foreign:
+        raise UserError(f"--{foreign[0].replace('_', '-')}: not an option of {script.__name__}.py's checkpoints")
     task_args = script.args_from_checkpoint(saved, **given, on_bad_sample="skip")
     dataset = script.build_eval_dataset(task_args)
     out = script.predict(script.build_eval_model(saved, task_args, ctx.device), dataset, ctx, "prediction")
     thresholds, source = choose_thresholds(args.threshold, saved)
-    csv, trained_on = task_args.csv, saved["args"].get("csv")
-    notes = []
-    if trained_on and csv.resolve() == Path(trained_on).resolve() and task_args.split == "val":
+    table, notes = script.data_file(task_args), []
+    trained_on = script.data_file(script.args_from_checkpoint(saved), task_args.split)
+    same_data = trained_on is not None and table.resolve() == trained_on.resolve()
+    if same_data and task_args.split == saved["args"]["split"]:
         chosen = "the model" if args.threshold is not None else "the model and its thresholds"
         notes.append(
             f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
             "of new patients (--split or --csv for cases that training has not seen)"
         )
-    elif trained_on and csv.resolve() == Path(trained_on).resolve() and task_args.split == "train":
+    elif same_data and task_args.split == "train":
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
     return Cases(
-        ids=list(dataset.ids),
-        groups=list(dataset.groups),
+        ids=list(out["ids"]),
+        groups=list(out["groups"]),
         class_names=list(dataset.class_names),
-        targets=np.asarray(dataset.targets, np.float64),
+        targets=np.asarray(out["targets"], np.float64),
         probs=out["probs"],
-        failed={dataset.ids[i]: why_failed(dataset, i) for i in out["failed"]},
+        failed={out["ids"][i]: why_failed(dataset, i) for i in out["failed"]},
         thresholds=np.full(len(dataset.class_names), thresholds),
         thresholds_source=source,
         evaluated=args.test_only.name,
-        evaluated_on=f"split '{task_args.split}' of {csv.name}",
+        evaluated_on=f"split '{task_args.split}' of {table.name}",
         notes=notes,
-        files={"checkpoint": file_facts(args.test_only), "csv": file_facts(csv), "trained_with": saved["versions"]},
+        files={"checkpoint": file_facts(args.test_only), "csv": file_facts(table), "trained_with": saved["versions"]},
     )
 
 

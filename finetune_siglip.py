@@ -4,7 +4,8 @@ Model    a SigLIP / SigLIP 2 / MedSigLIP ViT over slices (2.5-D), pooled for eac
          mean; or Merlin's inflated ResNet-152 over the whole volume. Recognised from the weight file.
 Papers   SigLIP arXiv 2303.15343, SigLIP 2 arXiv 2502.14786, Merlin arXiv 2406.06512, CT-RATE arXiv 2403.17834
 Data     CSV with series_id, split (train / val), img_path and one 0/1 column per label (empty or -1 = unknown);
-         volumes .npz (`image`, (C, D, H, W)), .npy (the cache of prepare_ct.py) or .nii.gz
+         volumes .npz (`image`, (C, D, H, W)), .npy (the cache of prepare_ct.py), .nii.gz or .mha
+Weights  --pretrained file, Hugging Face folder or hub id; 'none' with --arch for random weights
 CPU      python demo_data.py ct --out demo --n 60
          python finetune_siglip.py --csv demo/ct/all_ct_wlabels.csv --pretrained none --arch siglip-tiny --epochs 2
 1 GPU    python finetune_siglip.py --csv all_ct_wlabels.csv --pretrained medsiglip/ --amp --use-ema --grad-checkpointing
@@ -40,12 +41,11 @@ TASK, MONITOR = "siglip", "macro_f1"
 SHOWN = ("macro_f1", "micro_f1", "macro_auroc", "macro_auprc")  # of an epoch, on the console
 LOG, RESULTS, LAST = "training.log", "results.jsonl", "last.pth"
 TOP, BEST = "checkpoint_epoch_{epoch}.pth", "best_model.pth"
+TENSORBOARD = "tensorboard"
 WANDB_PROJECT = "siglip-ct-classification"
 # A checkpoint can only be continued or evaluated with these as they were.
 FIXED_ARGS = ["model_config", "label_columns", "num_slices", "image_size", "channels", "windows", "slice_pool"]
 FIXED_ARGS += ["feature_norm", "optimizer", "weight_decay", "layer_decay", "use_ema"]
-
-WINDOWS = {"lung": (-600, 1000), "mediastinum": (40, 400), "bone": (700, 1500), "wide": (0, 2000)}  # HU: centre, width
 
 NO_DECAY = ("position_embedding.weight", "probe", "slice_pool.position")  # besides norms and biases
 # A SigLIP ViT: width E, layers, heads, MLP width, patch and image side in pixels
@@ -80,17 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept")
     add("--num-slices", type=int, default=None, help="slices taken from a volume (32; merlin: 160)")
     add("--slice-spacing", type=float, help="distance of slices in mm (evenly over the whole volume)")
-    add("--image-size", type=int, help="side of a slice in pixels (that of the weights)")
-    add("--augment", action=onoff, default=True, help="turn, scale, shift, brighten and re-slice volumes")
-    add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="what an unreadable volume does")
-    add("--max-bad-fraction", type=float, default=0.05, help="share of bad volumes that ends a run")
+    add("--image-size", type=int, help="side of a slice in pixels")
+    add("--augment", action=onoff, default=True, help="augment training images")
+    add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="what an unreadable sample does")
+    add("--max-bad-fraction", type=float, default=0.05, help="share of unreadable samples that ends a run")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained", help="weight file, folder or hub id; 'none' for random weights with --arch")
+    add("--pretrained", help="weights to begin with (kinds: see the script's head), or 'none'")
     add("--arch", choices=list(ARCHS), help="model (recognised from the weights)")
     add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
     add("--channels", choices=["windows", "neighbours"], default="windows", help="what the 3 inputs hold")
-    add("--windows", nargs="+", metavar="W", help=f"{', '.join(WINDOWS)} or centre,width in HU (lung mediastinum bone)")
+    add("--windows", nargs="+", metavar="W", help=f"{', '.join(common.WINDOWS)} or centre,width in HU, one a channel")
     add("--slice-pool", choices=["attention", "mean"], default="attention", help="pooling over slices")
     add(
         "--feature-norm",
@@ -111,15 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--focal-form", choices=["constant", "balanced"], default="constant",
         help="alpha multiplies every term, or positives by alpha and negatives by 1 - alpha",
     )  # fmt: skip
-    add("--max-pos-weight", type=float, default=20.0, help="bound of the balanced loss's weights")
+    add("--max-pos-weight", type=float, default=20.0, help="bound of the weights that balance labels")
     add("--asl-gamma-neg", type=float, default=4.0, help="ASL exponent for negatives")
     add("--asl-gamma-pos", type=float, default=1.0, help="ASL exponent for positives")
     add("--asl-clip", type=float, default=0.05, help="ASL probability shift of negatives")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", "--max-epochs", type=int, default=100, help="passes over the training volumes")
+    add("--epochs", "--max-epochs", type=int, default=100, help="passes over the training data")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0: by epochs)")
-    add("--batch-size", type=int, default=16, help="volumes per process and micro-step")
+    add("--batch-size", type=int, default=16, help="samples per process and micro-step")
     add("--accum-steps", "--gradient-accumulation-steps", type=int, default=1, help="micro-steps per step")
     add("--lr", "--learning-rate", type=float, default=1e-4, help="peak learning rate")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="optimizer (sgd: momentum 0.9)")
@@ -154,19 +154,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="what best means",
     )
     add("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
-    add("--eval-batch-size", type=int, default=0, help="volumes per evaluation batch (--batch-size)")
+    add("--eval-batch-size", type=int, default=0, help="samples per evaluation batch (--batch-size)")
     add("--test-only", type=Path, metavar="CKPT", help="score a checkpoint and write --test-output")
     add("--test-output", default="test_predictions.csv", help="predictions; a bare name: in --output-dir")
-    add("--split", default="val", help="rows of the CSV that --test-only scores")
+    add("--split", default="val", help="split that is scored")
     add("--slice-weights", type=Path, help="npz for the slice weights, (n, S, K), of --test-only")
 
     add = parser.add_argument_group("checkpoint").add_argument
     add("--output-dir", type=Path, default=Path("./outputs"), help="folder of the run")
-    add("--resume", help="checkpoint to continue, or 'auto' for the run's last one if there is one")
+    add("--resume", nargs="?", const="auto", help="checkpoint to continue; bare or 'auto': the run's last, if any")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    add("--save-every", type=int, default=500, help="steps between saves of last.pth, besides every epoch")
+    add("--save-every", type=int, default=500, help="steps between saves of the last checkpoint, besides every epoch")
     add("--top-k", type=int, default=3, help="best models kept")
-    add("--export", type=Path, help="file for the best backbone, original key names")
+    add("--export", type=Path, help="file for the best weights, original key names")
 
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("logging").add_argument
     add("--log-interval", type=int, default=50, help="steps between log lines")
-    add("--tensorboard", action="store_true", help="write TensorBoard events to OUTPUT_DIR/tensorboard")
+    add("--tensorboard", action=onoff, default=False, help="write TensorBoard events")
     add("--wandb-project", help=f"log to this Weights & Biases project (if asked: {WANDB_PROJECT})")
     add("--wandb-mode", choices=["online", "offline", "disabled"], help="where wandb logs, if asked")
     return parser
@@ -297,6 +297,11 @@ def read_split(args, split: str, train: bool) -> CTVolumes:
     if not len(rows):
         raise UserError(f"{args.csv}: no row has split '{split}' (there are {sorted(set(table['split']))[:5]})")
     return CTVolumes(rows, args, train)
+
+
+def data_file(args, split: str | None = None) -> Path:
+    """The table of the cases; it holds all splits."""
+    return args.csv
 
 
 def build_datasets(args):
@@ -518,7 +523,7 @@ class CTClassifier(nn.Module):
             nn.Dropout(args.dropout_rate), nn.Linear(width // 2, n_labels),
         )  # fmt: skip
         self.classifier.apply(init_weights)
-        centre, size = torch.tensor(parse_windows(args)).T
+        centre, size = torch.tensor(windows_of(args)).T
         self.register_buffer("low", (centre - size / 2).view(-1, 1, 1), persistent=False)
         self.register_buffer("width", size.view(-1, 1, 1), persistent=False)
 
@@ -570,22 +575,13 @@ class CTClassifier(nn.Module):
         return self.classify(self.features(volume, theta, gain)[0])
 
 
-def parse_windows(args) -> list[tuple[float, float]]:
+def windows_of(args) -> list[tuple[float, float]]:
     """--windows -> [(centre, width)] in HU: three for --channels windows, one for neighbours."""
     names = args.windows or (["lung", "mediastinum", "bone"] if args.channels == "windows" else ["wide"])
     wanted = 3 if args.channels == "windows" else 1
     if len(names) != wanted:
         raise UserError(f"--windows: {len(names)} given, --channels {args.channels} takes {wanted}")
-    windows = []
-    for name in names:
-        try:
-            centre, width = WINDOWS[name] if name in WINDOWS else map(float, name.split(","))
-        except ValueError as e:
-            raise UserError(f"--windows: '{name}' is neither of {', '.join(WINDOWS)} nor centre,width") from e
-        if width <= 0:
-            raise UserError(f"--windows: '{name}': the width must be positive")
-        windows.append((float(centre), float(width)))
-    return windows
+    return common.parse_windows(names)
 
 
 def backbone_weights(state: dict, source: str) -> tuple[str, dict]:
@@ -926,29 +922,32 @@ def forward_backward(net, micro_batches, criterion, scaler, autocast, ctx):
 def predict(model, dataset, ctx, say=None) -> dict:
     """Logits of every case, each exactly once: the same on every rank and, to the last digit, for any number of ranks.
 
-    -> logits (n, K), slice_weights (n, S, K or 1) float32; failed: indices of unreadable cases, whose rows are
-    NaN. Batches are padded to one fixed size, because a matrix product's last digits depend on it.
+    -> ids, groups, targets, probs (n, K) of the cases; logits (n, K), slice_weights (n, S, K or 1) float32; failed:
+    indices of unreadable cases, whose rows are NaN. Batches are padded to one fixed size, and hold the same cases for
+    any number of ranks, because a matrix product's last digits depend on both.
     """
     args = dataset.args
     size = args.eval_batch_size or args.batch_size
-    index = list(range(ctx.rank, len(dataset), ctx.world)) or [0]
-    padded = index + [index[-1]] * (-len(index) % size)
-    keys = [[(0, i) for i in padded[b : b + size]] for b in range(0, len(padded), size)]
-    loader = common.data_loader(dataset, keys, args, ctx)
+    batches = [list(range(b, min(b + size, len(dataset)))) for b in range(0, len(dataset), size)]
+    mine = batches[ctx.rank :: ctx.world] or batches[:1]  # whole batches: a row's digits depend on its place in one
+    padded = [b + b[-1:] * (size - len(b)) for b in mine]
+    loader = common.data_loader(dataset, [[(0, i) for i in b] for b in padded], args, ctx)
     rows = []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
-            heads = [model.classify(f[None]) for f in features]  # one by one: digits depend on the place in a batch
             bad = batch["bad"][:, None].float()
-            rows.append(torch.cat([bad, torch.cat(heads).float().cpu(), weights.float().flatten(1).cpu()], 1))
-    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded), ctx)  # (n, 1 + K + S * K)
+            rows.append(torch.cat([bad, model.classify(features).float().cpu(), weights.float().flatten(1).cpu()], 1))
+    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded).flatten(), ctx)  # (n, 1 + K + S * K)
     failed, rows = rows[:, 0] > 0, rows[:, 1:]
     if not rows[~failed].isfinite().all():
         raise UserError("the model's outputs are not finite (--amp bf16 or none)")
     rows[failed] = math.nan
     logits, weights = rows[:, : len(dataset.class_names)], rows[:, len(dataset.class_names) :]
     return {
+        "ids": dataset.ids,
+        "groups": dataset.groups,
+        "targets": dataset.targets,
         "logits": logits,
         "probs": logits.double().sigmoid().numpy(),
         "slice_weights": weights.unflatten(1, (args.num_slices, -1)),
@@ -992,7 +991,7 @@ def autocast_of(args, device):
 
 def train(args, ctx):
     # ---- 1. run folder, precision, the checkpoint to continue
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / LAST).parent.mkdir(parents=True, exist_ok=True)
     saved = common.find_resume(args, LAST, FIXED_ARGS, ctx.world)
     state = {
         "step": 0, "updates": 0, "best": [], "stale": 0, "plateau": 0, "lr_factor": 1.0, "bad_steps": 0,
@@ -1000,7 +999,7 @@ def train(args, ctx):
         "global_batch": args.batch_size * args.accum_steps * ctx.world,
     }  # fmt: skip
     state = saved["state"] if saved else state
-    log = RunLog(args.output_dir, ctx, LOG, RESULTS, state["step"])
+    log = RunLog(args.output_dir, ctx, LOG.format(**vars(args)), RESULTS.format(**vars(args)), state["step"])
     if not saved:
         common.forget_run(args.output_dir / LAST, ctx)
     autocast, scaler = autocast_of(args, ctx.device)
@@ -1021,12 +1020,12 @@ def train(args, ctx):
             if part is not None and (saved[name] or name != "scaler"):
                 part.load_state_dict(saved[name])
         log.info(f"resumed at step {state['step']}")
-    best = TopK(args.output_dir, TOP.format(epoch="*"), args.top_k, state["best"])
+    best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
     stop = StopSignal()
     if args.tensorboard:
-        log.add_tensorboard(args.output_dir / "tensorboard", state["step"])
+        log.add_tensorboard(args.output_dir / TENSORBOARD.format(**vars(args)), args, state["step"])
     log.add_wandb(args, WANDB_PROJECT)
 
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved

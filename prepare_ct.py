@@ -1,18 +1,22 @@
 """Prepare chest CT volumes: NIfTI or npz files -> what the training scripts read, and a check of a data set.
 
     python prepare_ct.py volumes --nifti-dir dataset/ --metadata metadata.csv --labels labels.csv --out npz/
-        A folder of .nii.gz (the CT-RATE tree or flat) -> one .npz a volume (`image` (1, D, H, W) int16 HU, `spacing`)
-        and npz/all_ct_wlabels.csv, the CSV that finetune_siglip.py reads.
+        A folder of .nii.gz, .nii or .mha (the CT-RATE tree or flat) -> one .npz a volume (`image` (1, D, H, W) int16
+        HU, `spacing`) and npz/all_ct_wlabels.csv, the CSV that finetune_siglip.py reads.
     python prepare_ct.py cache --csv npz/all_ct_wlabels.csv --out cache/ --num-slices 160 --image-size 224
         The volumes of a CSV -> one int16 .npy a volume, which is memory-mapped in training, and cache/volumes.csv, the
         same CSV pointing there. Without the two sizes the native grid is kept and sampled in training.
+    python prepare_ct.py slices --data-dir ct_rate_data/ --output-dir ct_rate_2d/ --strategy multi_slice
+        A folder of .nii.gz, .nii or .mha -> what run_task2.py reads: packed/{train,valid}.npy, one memory-mapped array
+        of slices each, splits/{train,valid}_slices.csv, multi_abnormality_labels.csv, and slices/ with a .npy a slice.
     python prepare_ct.py check --csv npz/all_ct_wlabels.csv
         Labels per split, shapes, spacings, orientations, suspicious intercepts, missing files, patients in two splits.
 
 Volumes are turned to increase toward superior, posterior, left, and the rescale slope and intercept of `--metadata`
 (CSV with VolumeName, RescaleSlope, RescaleIntercept, and, if they are to replace those of the files, XYSpacing and
 ZSpacing) are applied once. A killed run continues with the same command: volumes that are finished and whose source
-and settings are the same are kept (progress.jsonl). Paths in a CSV are absolute or relative to its folder.
+and settings are the same are kept (progress.jsonl), and new ones are added. Paths in a CSV are absolute or relative to
+its folder.
 Exit codes: 0 done (`check`: perhaps with warnings), 2 bad input, 3 finished but volumes failed (bad_samples.csv), 143
 stopped by a signal.
 """
@@ -25,6 +29,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -38,11 +43,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import common
 from common import UserError
 
+SLICE_SPLITS = {"train": "train", "val": "valid", "test": "test"}  # as in the file names of Task 2
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNKNOWN = {"-1": "", "-1.0": "", "nan": "", "NaN": ""}  # other signs for an unknown label; we write an empty cell
 
@@ -59,11 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     command = commands.add_parser("volumes", help="NIfTI files and a label CSV -> npz files and the training CSV")
     add = command.add_argument
     add("--nifti-dir", type=Path, required=True, help="folder searched for .nii.gz and .nii at any depth")
-    add("--labels", type=Path, help="CSV with VolumeName and the 18 labels: 0, 1, or empty for unknown")
-    add("--unlabelled", choices=["error", "keep"], default="error", help="a volume that has no row in --labels: "
-        "an error, or kept with all labels unknown")  # fmt: skip
-    add("--split-column", help="column of --labels or --metadata with train, val or test (without it, names "
-        "begin with train_ or valid_)")  # fmt: skip
+    add_labels(command)
     add("--compress", action=argparse.BooleanOptionalAction, default=True, help="deflate the npz files (half the size)")
     add_reading(command)
     add_output(command, "the npz files and all_ct_wlabels.csv")
@@ -77,6 +80,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_reading(command)
     add_output(command, "the npy files and volumes.csv")
 
+    command = commands.add_parser("slices", help="NIfTI files and a label CSV -> slices for run_task2.py")
+    add = command.add_argument
+    add("--data-dir", type=Path, required=True, help="folder searched for .nii.gz, .nii and .mha at any depth")
+    add_labels(command)
+    add("--strategy", choices=["multi_slice", "best_slice", "anatomical"], default="multi_slice", help="slices over "
+        "the chest, denser in the middle; the one with most structure; at six levels")  # fmt: skip
+    add("--slices-per-volume", type=int, default=12, help="slices of a volume with multi_slice")
+    add("--splits", nargs="+", choices=list(SLICE_SPLITS.values()), default=["train", "valid"], help="what to extract")
+    add("--image-size", type=int, default=224, help="height and width of a slice in pixels")
+    add("--store", choices=["uint8", "hu"], default="uint8", help="grey levels of one window, or int16 HU, from which "
+        "training makes any windows")  # fmt: skip
+    add("--window", default="chest", help=f"{', '.join(common.WINDOWS)} or centre,width in HU, with --store uint8")
+    add("--slice-files", action=argparse.BooleanOptionalAction, default=True, help="also one .npy a slice, as the "
+        "original tool reads them (four times the space of the packed array)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace slices of other settings in the folder")
+    add_reading(command)
+    add_output(command, "the slices, their tables and labels")
+
     command = commands.add_parser("check", help="look for what would spoil a training: labels, files, values, splits")
     add = command.add_argument
     add("--csv", type=Path, required=True, help="CSV with series_id, split, img_path and labels")
@@ -86,6 +107,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     for command in commands.choices.values():
         command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     return parser.parse_args(argv)
+
+
+def add_labels(command) -> None:
+    add = command.add_argument
+    add("--labels", type=Path, help="CSV with VolumeName and the labels: 0, 1, or empty for unknown")
+    add("--unlabelled", choices=["error", "keep"], default="error", help="a volume that has no row in --labels: "
+        "an error, or kept with all labels unknown")  # fmt: skip
+    add("--split-column", help="column of --labels or --metadata with train, val or test (without it, names "
+        "begin with train_ or valid_)")  # fmt: skip
 
 
 def add_reading(command) -> None:
@@ -101,7 +131,7 @@ def add_reading(command) -> None:
 
 
 def add_output(command, what: str) -> None:
-    command.add_argument("--out", type=Path, required=True, help=f"folder for {what}")
+    command.add_argument("--out", "--output-dir", type=Path, required=True, help=f"folder for {what}")
     command.add_argument("--on-bad-sample", choices=["fail", "skip"], default="fail", help="a volume that cannot be "
         "read: end the run, or leave it out and list it in bad_samples.csv")  # fmt: skip
 
@@ -236,8 +266,11 @@ def is_whole(path: Path, record: dict) -> bool:
         return False
 
 
-def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dict, str]]]:
-    """Run `convert` on the jobs that progress.jsonl does not show as done -> records by series_id, failures."""
+def convert_all(args, jobs: list[dict], work, whole, keep=None) -> tuple[dict[str, dict], list[tuple[dict, str]]]:
+    """Run `work` on the jobs that progress.jsonl does not show as done -> records by series_id, failures.
+
+    whole(path, record): whether an output is still there; keep(job, record): what to do with a result in this process.
+    """
     journal = args.out / "progress.jsonl"
     done, keys, records, waiting, failed = {}, {}, {}, [], []
     for line in journal.read_text().splitlines() if journal.exists() else []:
@@ -251,7 +284,7 @@ def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dic
         if os.path.realpath(job["source"]) == os.path.realpath(job["output"]):
             raise UserError(f"{job['source']}: would be overwritten by its own copy (choose another --out)")
         keys[job["id"]], entry = job_key(job), done.get(job["id"])
-        if entry and entry["key"] == keys[job["id"]] and is_whole(Path(job["output"]), entry["record"]):
+        if entry and entry["key"] == keys[job["id"]] and whole(Path(job["output"]), entry["record"]):
             records[job["id"]] = entry["record"]
         else:
             waiting.append(job)
@@ -264,12 +297,12 @@ def convert_all(args, jobs: list[dict]) -> tuple[dict[str, dict], list[tuple[dic
         file.write("\n" if file.tell() else "")  # ends the half line of a killed run
 
         def write_down(job, record):
-            records[job["id"]] = record
+            records[job["id"]] = record = keep(job, record) if keep else record
             file.write(json.dumps({"key": keys[job["id"]], "record": record}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-        failed += run_jobs(convert, waiting, args, write_down, args.on_bad_sample)
+        failed += run_jobs(work, waiting, args, write_down, args.on_bad_sample)
     for note, names in grouped_notes(records).items():
         if note.startswith("warning: "):
             print(f"{note} [{len(names)} volumes, first {names[0]}]", file=sys.stderr)
@@ -333,15 +366,17 @@ def finish(args, failed: list[tuple[dict, str]], written: int) -> int:
 
 
 def find_volumes(folder: Path) -> dict[str, Path]:
-    """NIfTI files below `folder` by name without extension, sorted."""
-    files = sorted(p for p in folder.rglob("*") if p.name.lower().endswith((".nii.gz", ".nii")) and p.is_file())
+    """NIfTI and MetaImage files below `folder` by name without extension, sorted."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if common.is_scan(p))
     found = {}
     for path in files:
         other = found.setdefault(common.volume_name(path.name), path)
         if other != path:
             raise UserError(f"{path}: the same volume name as {other} (names must differ)")
     if not found:
-        raise UserError(f"{folder}: no .nii.gz or .nii in it or below it")
+        raise UserError(f"{folder}: no {', '.join(common.SCAN_SUFFIXES)} in it or below it")
     return found
 
 
@@ -353,24 +388,30 @@ def split_of(name: str, row: dict, column: str | None) -> str:
     return SPLITS[word]
 
 
-def run_volumes(args) -> int:
-    found = find_volumes(args.nifti_dir)
-    labels, metadata = (
-        common.rows_by_name(args.labels, common.CT_RATE_LABELS),
-        common.rows_by_name(args.metadata, common.RESCALE_COLUMNS),
-    )
-    if args.labels:
-        common.label_array(pd.DataFrame(labels.values()), common.CT_RATE_LABELS, args.labels)
-        absent = [name for name in found if name not in labels]
+def read_labels(args, found: dict[str, Path], files: list[Path], columns) -> tuple[dict, dict]:
+    """Rows of the label files and of --metadata by volume; every volume found has labels, or --unlabelled keeps it."""
+    metadata, labels = common.rows_by_name(args.metadata, common.RESCALE_COLUMNS), {}
+    for file in files:
+        rows = common.rows_by_name(file, columns)
+        common.label_array(pd.DataFrame(rows.values()), columns, file)
+        labels |= rows
+    if files:
+        where, absent = ", ".join(map(str, files)), [name for name in found if name not in labels]
         if absent and args.unlabelled == "error":
             raise UserError(
-                f"{args.labels}: no row for {len(absent)} of {len(found)} volumes, first {', '.join(absent[:3])} "
+                f"{where}: no row for {len(absent)} of {len(found)} volumes, first {', '.join(absent[:3])} "
                 "(add them, or --unlabelled keep)"
             )
-        print(f"{len(labels.keys() - found.keys())} rows of {args.labels} have no volume here", file=sys.stderr)
+        print(f"{len(labels.keys() - found.keys())} rows of {where} have no volume here", file=sys.stderr)
     known = [c for rows in (labels, metadata) for row in list(rows.values())[:1] for c in row]
     if args.split_column and args.split_column not in known:
         raise UserError(f"--split-column {args.split_column}: no such column in --labels or --metadata")
+    return labels, metadata
+
+
+def run_volumes(args) -> int:
+    found = find_volumes(args.nifti_dir)
+    labels, metadata = read_labels(args, found, [args.labels] if args.labels else [], common.CT_RATE_LABELS)
     jobs, rows = [], []
     for (name, path), file in zip(found.items(), output_names(found, ".npz"), strict=True):
         options = reading_options(args)
@@ -383,7 +424,7 @@ def run_volumes(args) -> int:
         values = {c: UNKNOWN.get(v, v) for c, v in values.items()}
         rows.append({"series_id": name, "split": split_of(name, row, args.split_column), "img_path": file, **values})
     with output_folder(args.out):
-        records, failed = convert_all(args, jobs)
+        records, failed = convert_all(args, jobs, convert, is_whole)
         table = pd.DataFrame(rows)
         common.write_csv(args.out / "all_ct_wlabels.csv", table[table["series_id"].isin(records.keys())])
         return finish(args, failed, len(records))
@@ -404,7 +445,7 @@ def run_cache(args) -> int:
         if args.num_slices:
             job["sample"] = [args.num_slices, args.image_size, args.slice_spacing]
     with output_folder(args.out):
-        records, failed = convert_all(args, jobs)
+        records, failed = convert_all(args, jobs, convert, is_whole)
         table = table.assign(img_path=files).drop(columns=list(common.RESCALE_COLUMNS), errors="ignore")  # applied
         for axis, column in enumerate(common.SPACING_COLUMNS):
             table[column] = [(records.get(i, {}).get("spacing") or [""] * 3)[axis] for i in table["series_id"]]
@@ -412,6 +453,182 @@ def run_cache(args) -> int:
             table[column] = table[column].str.strip().replace(UNKNOWN)
         common.write_csv(args.out / "volumes.csv", table[table["series_id"].isin(records.keys())])
         return finish(args, failed, len(records))
+
+
+# ==== slices ===================================================================================================
+
+
+class Pack:
+    """packed/{split}.npy: slices, appended a volume at a time by one process; which rows count says the journal.
+
+    The header always tells the number of whole slices, so that np.load can map the file at any moment.
+    """
+
+    HEADER = 128  # bytes
+
+    def __init__(self, path: Path, dtype: str, size: int):
+        path.parent.mkdir(exist_ok=True)
+        self.file, self.dtype, self.size = open(path, "r+b" if path.exists() else "w+b"), np.dtype(dtype), size
+        self.row_bytes = size * size * self.dtype.itemsize
+        self.n = max(0, self.file.seek(0, os.SEEK_END) - self.HEADER) // self.row_bytes
+        self.file.truncate(self.HEADER + self.n * self.row_bytes)  # half a slice of a killed run
+
+    def append(self, slices: np.ndarray) -> int:
+        """Write (S, size, size) behind the others -> its first row."""
+        first, self.n = self.n, self.n + len(slices)
+        self.file.seek(self.HEADER + first * self.row_bytes)
+        self.file.write(np.ascontiguousarray(slices, self.dtype).tobytes())
+        shape = (self.n, self.size, self.size)
+        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape})
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little"))
+        self.file.write(text.ljust(self.HEADER - 11).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return first
+
+
+def slice_name(volume: str, index: int) -> str:
+    return f"{volume}_slice_{index:03d}"
+
+
+def extract(job: dict) -> dict:
+    """Read a volume, choose and store its slices -> their indices and pixels, and the volume's shape and notes."""
+    volume, s = common.read_volume(job["source"], **job["options"]), job["settings"]
+    index = common.pick_slices(volume.array, s["strategy"], s["slices_per_volume"])
+    pixels = common.stored_slices(volume.array, index, s["image_size"], s["store"], s["window"])
+    for i, image in zip(index, pixels, strict=True) if job["files"] else ():
+        path = Path(job["files"]) / f"{slice_name(Path(job['source']).name, i)}.npy"
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, image if s["store"] == "hu" else image.astype(np.float32) / 255, allow_pickle=False)
+        os.replace(temporary, path)
+    return {"index": index, "pixels": pixels, "shape": list(volume.array.shape), "notes": list(volume.notes)}
+
+
+def run_slices(args) -> int:
+    if args.slices_per_volume < 1 or args.image_size < 8:
+        raise UserError("--slices-per-volume must be at least 1 and --image-size at least 8")
+    found = find_volumes(args.data_dir)
+    hub = args.data_dir / "multi_abnormality_labels"
+    files = [args.data_dir / "multi_abnormality_labels.csv", *sorted(hub.glob("*_predicted_labels.csv"))]
+    files = [args.labels] if args.labels else [f for f in files if f.exists()]
+    if not files and args.unlabelled == "error":
+        raise UserError(f"{args.data_dir}: no multi_abnormality_labels.csv in it (--labels, or --unlabelled keep)")
+    columns = [c for c in common.CT_RATE_LABELS if files and c in common.read_table(files[0]).columns]
+    if files and not columns:
+        first = common.read_table(files[0]).columns
+        columns = [c for c in first if c not in ("VolumeName", "split", "patient_id", args.split_column)]
+    labels, metadata = read_labels(args, found, files, columns)
+    split_column = args.split_column or ("split" if any("split" in row for row in labels.values()) else None)
+    rows = {name: metadata.get(name, {}) | labels.get(name, {}) for name in found}
+    splits = {name: SLICE_SPLITS[split_of(name, row, split_column)] for name, row in rows.items()}
+    patients = {name: rows[name].get("patient_id", "").strip() or common.group_of(name) for name in found}
+    seen = {}
+    for name, split in splits.items():
+        if seen.setdefault(patients[name], split) != split:
+            raise UserError(f"{name}: patient {patients[name]} is in {split} and in {seen[patients[name]]} (leaks)")
+    chosen = [name for name in found if splits[name] in args.splits]
+    if not chosen:
+        raise UserError(f"{args.data_dir}: none of {len(found)} volumes is in {' or '.join(args.splits)} (--splits)")
+    settings = {"strategy": args.strategy, "slices_per_volume": args.slices_per_volume, "image_size": args.image_size}
+    settings |= {"store": args.store, "window": list(common.parse_windows([args.window])[0])}
+    jobs = []
+    for name in chosen:
+        options = reading_options(args)
+        if args.metadata:
+            options |= common.metadata_options(metadata, name, args.metadata)
+        folder = str(args.out / "slices" / splits[name]) if args.slice_files else None
+        output = str(args.out / "packed" / f"{splits[name]}.npy")
+        jobs.append({"id": name, "source": str(found[name]), "output": output, "options": options, "files": folder})
+        jobs[-1]["settings"] = settings
+    with output_folder(args.out):
+        begin_slices(args, settings)
+        packs = {}
+
+        def whole(path: Path, record: dict) -> bool:
+            rows = record["row"] + len(record["index"])
+            end = Pack.HEADER + rows * settings["image_size"] ** 2 * record["item_bytes"]
+            files = [args.out / "slices" / path.stem / f for f in record["files"] if args.slice_files]
+            return path.exists() and path.stat().st_size >= end and all(f.is_file() and f.stat().st_size for f in files)
+
+        def keep(job: dict, record: dict) -> dict:
+            pixels, path = record.pop("pixels"), Path(job["output"])
+            if path not in packs:
+                packs[path] = Pack(path, pixels.dtype.str, args.image_size)
+            names = [f"{slice_name(Path(job['source']).name, i)}.npy" for i in record["index"]]
+            row = packs[path].append(pixels)
+            return record | {"row": row, "item_bytes": pixels.dtype.itemsize, "files": names}
+
+        records, failed = convert_all(args, jobs, extract, whole, keep)
+        for pack in packs.values():
+            pack.file.close()
+        tables = slice_tables(args, records, found, splits, patients, labels, columns)
+        summary = {split: {"volumes": int(t["volume_name"].nunique()), "slices": len(t)} for split, t in tables.items()}
+        note = {"settings": settings, "splits": summary, "failed": [job["id"] for job, _ in failed]}
+        common.write_atomic(args.out / "slice_extraction_stats.json", json.dumps(note, indent=1) + "\n")
+        draw_slices(args.out, tables)
+        print(", ".join(f"{split}: {s['slices']} slices of {s['volumes']} volumes" for split, s in summary.items()))
+        return finish(args, failed, len(records))
+
+
+def begin_slices(args, settings: dict) -> None:
+    """Refuse to mix slices of two settings; note the settings, so that an interrupted run knows them."""
+    notes = args.out / "slice_extraction_stats.json"
+    before = json.loads(notes.read_text()).get("settings") if notes.exists() else settings
+    if before != settings:
+        if not args.overwrite:
+            raise UserError(
+                f"{args.out}: holds slices of other settings, {before} (another --output-dir, or --overwrite)"
+            )
+        (args.out / "progress.jsonl").unlink(missing_ok=True)
+        for name in ("packed", "slices", "splits"):
+            shutil.rmtree(args.out / name, ignore_errors=True)
+    common.write_atomic(notes, json.dumps({"settings": settings}, indent=1) + "\n")
+    for split in args.splits if args.slice_files else ():
+        (args.out / "slices" / split).mkdir(parents=True, exist_ok=True)
+
+
+def slice_tables(args, records, found, splits, patients, labels, columns) -> dict[str, pd.DataFrame]:
+    """Write splits/{split}_slices.csv and multi_abnormality_labels.csv -> the former by split."""
+    rows, of_volumes = {split: [] for split in args.splits}, []
+    for name in sorted(found):  # labels of all volumes: another call may have extracted another split
+        volume, split = found[name].name, splits[name]
+        values = {c: labels.get(name, {}).get(c, "").strip() for c in columns}
+        values = {c: UNKNOWN.get(v, v) for c, v in values.items()}
+        of_volumes.append({"VolumeName": volume, **values, "split": split})
+        record = records.get(name, {"index": []})
+        for j, i in enumerate(record["index"]):
+            rows[split].append({
+                "slice_id": slice_name(volume, i), "volume_name": volume, "slice_index": i,
+                "relative_position": round(i / max(1, record["shape"][0] - 1), 4),
+                "file_path": f"slices/{split}/{slice_name(volume, i)}.npy", "slice_shape": str([args.image_size] * 2),
+                "original_volume_shape": str(record["shape"]), "split": split, "patient_id": patients[name],
+                "packed_row": record["row"] + j, **values,
+            })  # fmt: skip
+    (args.out / "splits").mkdir(exist_ok=True)
+    tables = {split: pd.DataFrame(part) for split, part in rows.items() if part}
+    for split, table in tables.items():
+        common.write_csv(args.out / "splits" / f"{split}_slices.csv", table)
+    if columns:
+        common.write_csv(args.out / "multi_abnormality_labels.csv", pd.DataFrame(of_volumes))
+    return tables
+
+
+def draw_slices(out: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """sample_slices_visualization.png: up to six slices of up to four volumes, to look at."""
+    split, table = next(iter(tables.items()))
+    pack = np.load(out / "packed" / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    volumes = list(table.groupby("volume_name", sort=False))[:4]
+    figure = Figure((9, 1.7 * len(volumes)), layout="constrained")
+    for axes, (name, part) in zip(figure.subplots(len(volumes), 6, squeeze=False), volumes, strict=True):
+        shown = part.iloc[np.linspace(0, len(part) - 1, 6).astype(int)]
+        for ax, (_, row) in zip(axes, shown.iterrows(), strict=True):
+            ax.imshow(pack[row["packed_row"]], cmap="gray")
+            ax.set_title(f"{common.volume_name(name)[:18]} {row['slice_index']}", fontsize=6)
+        for ax in axes:
+            ax.set_axis_off()
+    figure.savefig(out / "sample_slices_visualization.png", dpi=110)
 
 
 # ==== check ====================================================================================================
@@ -524,7 +741,8 @@ def main(argv=None) -> int:
         raise UserError("--num-workers must be 0 or more and --max-voxels above 0")
     args.stop = common.StopSignal()
     try:
-        return {"volumes": run_volumes, "cache": run_cache, "check": run_check}[args.command](args)
+        run = {"volumes": run_volumes, "cache": run_cache, "slices": run_slices, "check": run_check}
+        return run[args.command](args)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 143

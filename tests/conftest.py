@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -61,6 +64,63 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """train() listens to signals; give them back to pytest."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def tensors_equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(tensors_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(tensors_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(one, other, script):
+    """Two run folders of a training script hold the same last checkpoint, results and best models, bit for bit."""
+    import common
+
+    a, b = common.load_checkpoint(one / script.LAST), common.load_checkpoint(other / script.LAST)
+    different = [p for p in ("model", "ema", "optimizer", "state") if not tensors_equal(a[p], b[p])]
+    assert not different, different
+    results = script.RESULTS.format(version=0)
+    assert (one / results).read_bytes() == (other / results).read_bytes()
+    names = [e["path"] for e in a["state"]["best"]]
+    assert names == [e["path"] for e in b["state"]["best"]] and names
+    for name in [*names, script.BEST]:
+        x, y = (common.load_checkpoint(folder / name) for folder in (one, other))
+        assert tensors_equal(x["model"], y["model"]) and x["metrics"].keys() == y["metrics"].keys(), name
+
+
+def start_and_kill(words, world, after, out):
+    """Start a run, wait until its log shows step `after`, kill -9 everything."""
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
+    process = subprocess.Popen(
+        [*launcher, *map(str, words)], cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline, text = time.time() + 120, ""
+    while time.time() < deadline and process.poll() is None and f"Step {after}/" not in text:
+        text = "".join(log.read_text() for log in out.rglob("training.log"))
+        time.sleep(0.005)
+    # launcher, ranks (in their own sessions), data workers
+    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)
+    process.wait()
+    assert f"Step {after}/" in text
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/plainscan_was_owned",))
+
+
 LABELS = ["first", "second", "third"]
 
 
@@ -93,9 +153,65 @@ def tiny_args(folder, out, *more):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def tiny_slices(tmp_path_factory):
+    """A slice folder: 16 train and 7 valid volumes with 2 to 4 uint8 slices of 32 pixels each; labels as in tiny_ct."""
+    folder = tmp_path_factory.mktemp("tiny_slices")
+    rng, labels = np.random.default_rng(0), []
+    (folder / "splits").mkdir()
+    for split, cases in (("train", range(16)), ("valid", range(16, 23))):
+        rows = []
+        (folder / "slices" / split).mkdir(parents=True)
+        for i in cases:
+            y, name = [i % 2, (i // 2) % 2, (i // 4) % 2], f"case{i}.nii.gz"
+            labels.append([name, y[0], y[1], "" if i % 4 == 3 else y[2]])
+            for j in range(2 + i % 3):
+                image = rng.normal(90, 20, (32, 32))
+                image[4:14, 4:14] += 90 * y[0]
+                image[18:28, 4:14] -= 70 * y[1]
+                path = f"slices/{split}/{name}_slice_{j:03d}.npy"
+                np.save(folder / path, image.clip(0, 255).astype(np.uint8))
+                rows.append([f"{name}_slice_{j:03d}", name, path])
+        table = pd.DataFrame(rows, columns=["slice_id", "volume_name", "file_path"])
+        table.to_csv(folder / "splits" / f"{split}_slices.csv", index=False)
+    table = pd.DataFrame(labels, columns=["VolumeName", *LABELS])
+    table.to_csv(folder / "multi_abnormality_labels.csv", index=False)
+    return folder
+
+
+def slice_args(folder, out, *more):
+    """Command line of a run of seconds: EfficientNet-B0 on 32 pixels, no ImageNet weights."""
+    return [
+        "run_task2.py", "--slice-dir", folder, "--mode", "train", "--model", "efficientnet_b0", "--pretrained", "none",
+        "--label-columns", *LABELS, "--batch-size", 8, "--epochs", 3, "--lr", "1e-3", "--num-workers", 0,
+        "--no-tensorboard", "--output-dir", out, "--log-interval", 1, *more,
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def shell_env() -> dict:
     """Environment for shell scripts in which `python`, `python3` and `torchrun` are those that run the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     names = ("CSV_FILE", "PRETRAINED_PATH", "OUTPUT_BASE_DIR", "NUM_GPUS", "SEED", "WANDB_MODE", "WANDB_API_KEY")
     return {k: v for k, v in os.environ.items() if k not in names} | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def real_slices(shared: Path, folder: Path) -> Path:
+    """The labelled slices of the shared folder as run_task2.py reads them: a slice is a volume, a paper a patient."""
+    from PIL import Image
+
+    source = shared / "data" / "ct_slices"
+    table = pd.read_csv(source / "labels.csv")
+    (folder / "splits").mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "valid")):
+        part = table[table["split"] == split]
+        rows = []
+        for row in part.itertuples():
+            stem = Path(row.image_path).stem
+            path = folder / "slices" / name / f"{stem}_slice_000.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, np.asarray(Image.open(source / row.image_path).convert("L"), np.uint8))
+            rows.append([path.stem, stem, str(path.relative_to(folder)), row.group, row.label])
+        columns = ["slice_id", "volume_name", "file_path", "patient_id", "COVID"]
+        pd.DataFrame(rows, columns=columns).to_csv(folder / "splits" / f"{name}_slices.csv", index=False)
+    return folder

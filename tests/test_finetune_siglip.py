@@ -9,23 +9,15 @@ import subprocess
 import sys
 import time
 
+import conftest
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LABELS, ROOT, free_port, run, tiny_args
+from conftest import LABELS, ROOT, Evil, run, start_and_kill, tiny_args
 
 import common
 import finetune_siglip as siglip
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """train() listens to signals; give them back to pytest."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 def call(*words):
@@ -33,27 +25,8 @@ def call(*words):
     return common.run_main(lambda: siglip.main([str(w) for w in words[1:]]))
 
 
-def tensors_equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(tensors_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(tensors_equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-PARTS = ("model", "ema", "optimizer", "state")
-
-
 def assert_same_run(one, other):
-    a, b = common.load_checkpoint(one / "last.pth"), common.load_checkpoint(other / "last.pth")
-    different = [p for p in PARTS if not tensors_equal(a[p], b[p])]
-    assert not different, different
-    assert (one / "results.jsonl").read_bytes() == (other / "results.jsonl").read_bytes()
-    names = sorted(p.name for p in one.glob("checkpoint_epoch_*.pth"))
-    assert names == sorted(p.name for p in other.glob("checkpoint_epoch_*.pth"))
-    for name in [*names, "best_model.pth"]:
-        x, y = (common.load_checkpoint(folder / name) for folder in (one, other))
-        assert tensors_equal(x["model"], y["model"]) and x["metrics"].keys() == y["metrics"].keys(), name
+    conftest.assert_same_run(one, other, siglip)
 
 
 # ---- runs
@@ -182,27 +155,6 @@ def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
 
 
 # ---- resume
-
-
-def start_and_kill(words, world, after, out):
-    """Start a run, wait until its log shows step `after`, kill -9 everything."""
-    launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
-    process = subprocess.Popen(
-        [*launcher, *map(str, words)], cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    log, deadline = out / "training.log", time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if log.exists() and f"Step {after}/" in log.read_text():
-            break
-        time.sleep(0.005)
-    subprocess.run(
-        ["pkill", "-9", "-f", str(out)], check=False
-    )  # launcher, ranks (in their own sessions), data workers
-    process.wait()
-    assert f"Step {after}/" in log.read_text()
 
 
 @pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), (2, (2, 0), (5, 14))])
@@ -360,11 +312,6 @@ def test_damaged_checkpoints(tiny_ct, tmp_path, capsys):
     for name in ("last.pth", "last_previous.pth"):
         (tmp_path / "run" / name).write_bytes(bytes(flipped))
     assert call(*tiny_args(tiny_ct, tmp_path / "run", "--epochs", 4, "--resume", "auto")) == 2
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch /tmp/plainscan_was_owned",))
 
 
 def test_foreign_pickles_never_run(tiny_ct, tmp_path, capsys):
