@@ -1335,9 +1335,9 @@ def parse_windows(names) -> list[tuple[float, float]]:
         try:
             centre, width = WINDOWS[name] if name in WINDOWS else map(float, name.split(","))
         except ValueError as e:
-            raise UserError(f"window '{name}' is neither of {', '.join(WINDOWS)} nor centre,width in HU") from e
+            raise UserError(f"--windows: '{name}' is neither of {', '.join(WINDOWS)} nor centre,width in HU") from e
         if not width > 0 or not math.isfinite(centre + width):
-            raise UserError(f"window '{name}': the width must be positive")
+            raise UserError(f"--windows: '{name}': the width must be positive")
         windows.append((float(centre), float(width)))
     return windows
 
@@ -1361,7 +1361,7 @@ def chest_range(array: np.ndarray) -> tuple[int, int]:
     rank = max(0, thin.shape[1] // 10 - 1)
     lowest_tenth = np.partition(thin, rank, axis=1)[:, rank, None]
     score = thin.std(1) * (thin > lowest_tenth).sum(1)
-    index = np.flatnonzero(score >= np.quantile(score, 0.3))
+    index = np.flatnonzero((score >= np.quantile(score, 0.3)) & ((score > 0) | (score.max() == 0)))
     runs = np.split(index, np.flatnonzero(np.diff(index) > 5) + 1)
     longest = max(runs, key=len)
     return int(longest[0]), int(longest[-1])
@@ -1467,10 +1467,11 @@ def _read_mha(path: Path, cap: int, notes: list):
     Row i of TransformMatrix is the direction of axis i in LPS, which is a column in ITK.
     """
     with path.open("rb") as file:
-        fields = {}
+        fields, size = {}, 0
         while "ElementDataFile" not in fields:
             line = file.readline(4096).decode("latin-1")
-            if "=" not in line or len(fields) > 200:
+            size += len(line)
+            if "=" not in line or size > 2**16:
                 raise ValueError("not a MetaImage header")
             key, _, value = line.partition("=")
             fields[key.strip()] = value.strip()

@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("logging").add_argument
     add("--log-interval", type=int, default=50, help="steps between log lines")
     add("--tensorboard", action=onoff, default=False, help="write TensorBoard events")
-    add("--wandb-project", help=f"log to this Weights & Biases project (if asked: {WANDB_PROJECT})")
+    add("--wandb-project", help="Weights & Biases project to log to (asked for without a name: the script's own)")
     add("--wandb-mode", choices=["online", "offline", "disabled"], help="where wandb logs, if asked")
     return parser
 

@@ -315,7 +315,7 @@ def test_mistakes_in_the_tables_are_named(tree):
     fails("no row for valid_2_a_1")
     edit(tree / "metadata.csv", lambda t: t.assign(RescaleIntercept="low"))
     fails("not all numbers")
-    with pytest.raises(UserError, match="no .nii.gz or .nii"):
+    with pytest.raises(UserError, match="no .nii.gz, .nii, .mha in it"):
         (tree / "empty").mkdir()
         prepare("volumes", "--nifti-dir", tree / "empty", "--out", tree / "npz")
     save_nifti(tree / "dataset" / "scan7.nii.gz", chest())

@@ -376,7 +376,7 @@ def test_bad_arguments_end_in_one_line(tiny_slices, tmp_path, capsys):
         (["--export", "x.pth", "--use-attention", "se"], "the original tool has no such model"),
         (["--batch-size", 99], "47 training samples do not fill one step of 99"),
         (["--windows", "lung", "bone"], "the slices hold the window"),
-        (["--windows", "liver"], "window 'liver' is neither of"),
+        (["--windows", "liver"], "'liver' is neither of"),
         (["--pretrained", "nowhere.pth"], "nowhere.pth: no such weight file"),
         (["--device", "gpu"], "device 'gpu' is not known"),
         (["--bag-size", 0], "--bag-size must be at least 1"),

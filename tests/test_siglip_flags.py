@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LABELS, tiny_args
-from test_finetune_siglip import call, own_signals  # noqa: F401 (a fixture)
+from test_finetune_siglip import call
 from test_siglip_model import classifier, make_args, volume_of
 
 import common
