@@ -550,6 +550,28 @@ def test_predict_applies_the_metadata(on_volumes, volumes, tmp_path):
     assert json.loads((tmp_path / "o.json").read_text())["predictions"][0]["probabilities"] != right
 
 
+def test_predict_real_volumes_in_every_orientation(on_volumes, shared, tmp_path):
+    """The twelve real volumes; then one of them stored with its axes in six other orders: the same probabilities."""
+    real = shared / "data" / "ct"
+    words = ["run_task2.py", "--mode", "predict", "--output-dir", on_volumes, "--batch-size", 4, "--num-workers", 2]
+    words += ["--predict-type", "volumes", "--metadata", real / "metadata.csv", "--predict-output", tmp_path / "o.json"]
+    files = sorted(real.glob("*.nii.gz"))
+    assert call(*words, "--predict-input", *files) == 0
+    out = json.loads((tmp_path / "o.json").read_text())["predictions"]
+    assert [one["volume_id"] for one in out] == [p.name[:-7] for p in files] and len(out) == 12
+    assert all(0 < p < 1 for one in out for p in one["probabilities"].values())
+    image = nib.load(real / "train_8_a_1.nii.gz")
+    for code in ("RAS", "LPI", "SAR", "ILP", "PSL", "AIR"):
+        here = nib.orientations.io_orientation(image.affine)
+        turn = nib.orientations.ornt_transform(here, nib.orientations.axcodes2ornt(code))
+        nib.save(image.as_reoriented(turn), tmp_path / f"{code}.nii.gz")
+    names = [f"{code}.nii.gz" for code in ("RAS", "LPI", "SAR", "ILP", "PSL", "AIR")]
+    words = [w for w in words if w not in ("--metadata", real / "metadata.csv")]
+    assert call(*words, "--predict-input", real / "train_8_a_1.nii.gz", *(tmp_path / n for n in names)) == 0
+    found = [one["probabilities"] for one in json.loads((tmp_path / "o.json").read_text())["predictions"]]
+    assert len(found) == 7 and all(p == found[0] for p in found[1:])
+
+
 @pytest.mark.parametrize("fold", ["none", "f1", "crg"])
 def test_challenge_file(on_volumes, volumes, tmp_path, capsys, fold):
     """The official form and order; decisions at the scorer's 0.5 are those at the thresholds; none is dropped."""
