@@ -653,6 +653,16 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor, ctx: Context) -> torch.
     return rows[torch.from_numpy(order)]
 
 
+def eval_batches(n: int, size: int, ctx: Context) -> list[list[int]]:
+    """This rank's batches of the indices 0 to n - 1, the last one filled up with its last index.
+
+    Whole batches go round the ranks, so that each holds the same cases in the same places for any number of ranks: the
+    last digits of a matrix product depend on both. A rank without a batch takes the first.
+    """
+    batches = [list(range(b, min(b + size, n))) for b in range(0, n, size)]
+    return [b + b[-1:] * (size - len(b)) for b in batches[ctx.rank :: ctx.world] or batches[:1]]
+
+
 @contextlib.contextmanager
 def eval_threads(device: torch.device):
     """On the CPU, evaluate with a fixed number of threads, so that 1, 2 or 3 ranks give the same digits."""

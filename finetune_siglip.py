@@ -923,22 +923,18 @@ def predict(model, dataset, ctx, say=None) -> dict:
     """Logits of every case, each exactly once: the same on every rank and, to the last digit, for any number of ranks.
 
     -> ids, groups, targets, probs (n, K) of the cases; logits (n, K), slice_weights (n, S, K or 1) float32; failed:
-    indices of unreadable cases, whose rows are NaN. Batches are padded to one fixed size, and hold the same cases for
-    any number of ranks, because a matrix product's last digits depend on both.
+    indices of unreadable cases, whose rows are NaN.
     """
     args = dataset.args
-    size = args.eval_batch_size or args.batch_size
-    batches = [list(range(b, min(b + size, len(dataset)))) for b in range(0, len(dataset), size)]
-    mine = batches[ctx.rank :: ctx.world] or batches[:1]  # whole batches: a row's digits depend on its place in one
-    padded = [b + b[-1:] * (size - len(b)) for b in mine]
-    loader = common.data_loader(dataset, [[(0, i) for i in b] for b in padded], args, ctx)
+    batches = common.eval_batches(len(dataset), args.eval_batch_size or args.batch_size, ctx)
+    loader = common.data_loader(dataset, [[(0, i) for i in b] for b in batches], args, ctx)
     rows = []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             features, weights = model.features(batch["volume"].to(ctx.device, non_blocking=True))
             bad = batch["bad"][:, None].float()
             rows.append(torch.cat([bad, model.classify(features).float().cpu(), weights.float().flatten(1).cpu()], 1))
-    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded).flatten(), ctx)  # (n, 1 + K + S * K)
+    rows = common.gather_rows(torch.cat(rows), torch.tensor(batches).flatten(), ctx)  # (n, 1 + K + S * K)
     failed, rows = rows[:, 0] > 0, rows[:, 1:]
     if not rows[~failed].isfinite().all():
         raise UserError("the model's outputs are not finite (--amp bf16 or none)")

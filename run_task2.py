@@ -22,8 +22,11 @@ Writes   below --output-dir (here): checkpoints/ (best.ckpt, last.ckpt, the top 
 import argparse
 import collections
 import datetime
+import importlib.util
 import json
 import math
+import os
+import platform
 import re
 import sys
 import time
@@ -275,8 +278,8 @@ class CTSlices(Dataset):
         self.targets = self.volume_targets[self.volume_of]  # (n_slices, K)
         order, ends = np.argsort(self.volume_of, kind="stable"), np.cumsum(np.bincount(self.volume_of))
         self.slices_of = np.split(order, ends[:-1])  # indices of each volume's slices
-        self.pack, self.rows, self.files = None, None, [args.slice_dir / p for p in table["file_path"]]
-        self.paths = self.files
+        self.pack, self.rows = None, None
+        self.files = self.paths = table["file_path"].tolist()  # below --slice-dir
         self.find_pixels(table, path, split)
         settle_pixels(args, self.read(0))
 
@@ -292,13 +295,13 @@ class CTSlices(Dataset):
             if self.pack.ndim != 3 or not 0 <= self.rows.min() <= self.rows.max() < len(self.pack):
                 raise UserError(f"{pack}: not the slices of {path} (run prepare_ct.py slices again)")
             return
-        root = self.args.slice_dir.resolve()
-        folders = {p.parent for p in self.files}
-        outside = [f for f in folders if not f.resolve().is_relative_to(root)]
+        root = self.args.slice_dir
+        folders = {f.rpartition("/")[0] for f in self.files}
+        outside = [f for f in folders if not (root / f).resolve().is_relative_to(root.resolve())]
         if outside:
-            raise UserError(f"{path}: file_path leads out of {self.args.slice_dir}: {outside[0]}")
-        there = {f / p.name for f in folders if f.is_dir() for p in f.iterdir()}
-        missing = [p for p in self.files if p not in there]
+            raise UserError(f"{path}: file_path leads out of {root}: {outside[0]}")
+        there = {f"{f}/{name}" if f else name for f in folders if (root / f).is_dir() for name in os.listdir(root / f)}
+        missing = [root / f for f in self.files if f not in there]
         if missing and (self.args.on_bad_sample == "fail" or len(missing) == len(self.files)):
             raise UserError(f"{missing[0]}: no such slice ({len(missing)} of {len(self.files)} of {path} are missing)")
 
@@ -311,7 +314,9 @@ class CTSlices(Dataset):
 
     def read(self, index: int) -> np.ndarray:
         """(H, W) uint8 or int16."""
-        return np.array(self.pack[self.rows[index]]) if self.pack is not None else common.read_slice(self.files[index])
+        if self.pack is not None:
+            return np.array(self.pack[self.rows[index]])
+        return common.read_slice(self.args.slice_dir / self.files[index])
 
     def load(self, volume: int) -> None:
         """Read all slices of a volume; raises UserError if one cannot be read."""
@@ -377,7 +382,7 @@ class CTBags(CTSlices):
     def __init__(self, args, split: str, train: bool):
         super().__init__(args, split, train)
         self.ids, self.targets = self.volumes, self.volume_targets
-        self.paths = [self.files[slices[0]].parent for slices in self.slices_of]
+        self.paths = [self.files[slices[0]] for slices in self.slices_of]
 
     def __len__(self):
         return len(self.volumes)
@@ -1133,21 +1138,17 @@ def predict(model, dataset, ctx, say=None) -> dict:
     """Every slice exactly once, then the volumes: to the last digit the same on every rank, for any number of ranks.
 
     -> ids, groups, targets, probs (n_volumes, K) of the volumes; rows (n_slices, K or 2 K) float32 of the slices;
-    failed: indices of volumes without a readable slice, whose probs are NaN. Batches are padded to one fixed size, and
-    hold the same slices for any number of ranks, because a matrix product's last digits depend on both.
+    failed: indices of volumes without a readable slice, whose probs are NaN.
     """
     args = dataset.args
-    size = args.eval_batch_size or args.batch_size
-    batches = [list(range(b, min(b + size, len(dataset)))) for b in range(0, len(dataset), size)]
-    mine = batches[ctx.rank :: ctx.world] or batches[:1]  # whole batches: a row's digits depend on its place in one
-    padded = [b + b[-1:] * (size - len(b)) for b in mine]
-    loader = common.data_loader(dataset, [[(0, i) for i in b] for b in padded], args, ctx)
+    batches = common.eval_batches(len(dataset), args.eval_batch_size or args.batch_size, ctx)
+    loader = common.data_loader(dataset, [[(0, i) for i in b] for b in batches], args, ctx)
     rows = []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             out = model.slice_rows(batch["image"][:, 0].to(ctx.device, non_blocking=True)).cpu()
             rows.append(torch.cat([batch["bad"][:, None].float(), out], 1))
-    rows = common.gather_rows(torch.cat(rows), torch.tensor(padded).flatten(), ctx)
+    rows = common.gather_rows(torch.cat(rows), torch.tensor(batches).flatten(), ctx)
     failed, rows = (rows[:, 0] > 0).numpy(), rows[:, 1:].numpy()
     if not np.isfinite(rows[~failed]).all():
         raise UserError("the model's outputs are not finite (--amp bf16 or none)")
@@ -1378,6 +1379,19 @@ def finish(args, ctx, model, val_set, best, log) -> int:
 
 
 # ==== Main =====================================================================================================
+
+
+def check_environment(args, ctx) -> None:
+    """Say what this runs on, and refuse before anything starts what would fail later."""
+    if args.tensorboard and args.mode in ("train", "both") and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard is not installed (pip install tensorboard, or --no-tensorboard)")
+    folder = next(p for p in (args.output_dir.resolve(), *args.output_dir.resolve().parents) if p.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: is not writable (--output-dir)")
+    if ctx.master:
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        print(f"environment: {versions}, on {ctx}; GPUs: {', '.join(gpus) or 'none'}")
 
 
 def begin_run(args, ctx) -> None:
@@ -1671,6 +1685,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     common.set_deterministic(args.deterministic)
     with common.process_group(args.device, args.timeout_minutes) as ctx:
+        check_environment(args, ctx)
         if args.mode == "predict":
             return run_predict(args, ctx)
         code = 0

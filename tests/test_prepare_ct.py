@@ -22,15 +22,6 @@ REAL = SHARED / "data" / "ct"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no CT volumes at {REAL}")
 
 
-@pytest.fixture(autouse=True)
-def keep_handlers():
-    """main() listens to signals; the test run itself must not."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def prepare(*words) -> int:
     """In this process, without workers: the commands of most tests."""
     return prepare_ct.main([*map(str, words), "--num-workers", "0"])

@@ -159,6 +159,15 @@ def test_overfits_eight_slices(tiny_slices, tmp_path):
     assert last["train_loss"] < 0.05 and last["macro_auroc"] == 1.0
 
 
+def test_the_environment_is_checked_first(tiny_slices, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(task2.importlib.util, "find_spec", lambda name: None)
+    assert call(*slice_args(tiny_slices, tmp_path / "a", "--tensorboard")) == 2
+    assert "tensorboard is not installed" in error_of(capsys) and not (tmp_path / "a").exists()
+    monkeypatch.setattr(task2.os, "access", lambda path, mode: False)
+    assert call(*slice_args(tiny_slices, tmp_path / "a" / "b")) == 2
+    assert f"{tmp_path}: is not writable" in error_of(capsys)
+
+
 # ---- many processes
 
 

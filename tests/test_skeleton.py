@@ -35,7 +35,7 @@ CONSTANTS += ["FIXED_ARGS", "SHOWN"]
 TASK_LINES = {"finetune_siglip.py": [], "run_task2.py": []}  # the lines of `train` that end in `# task`, by their text
 # common.py's 1300 of the design do not hold what the design puts there; see the sections it lists. run_task2.py has
 # four networks and four modes, the challenge's among them; prepare_ct.py feeds two tasks.
-SIZES = {"common.py": 2000, "evaluate.py": 700, "report.py": 700, "prepare_ct.py": 800, "demo_data.py": 600}
+SIZES = {"common.py": 2100, "evaluate.py": 700, "report.py": 700, "prepare_ct.py": 800, "demo_data.py": 600}
 SIZES |= {"run_task2.py": 1700}
 
 
