@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from isal import igzip, isal_zlib
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -344,7 +345,7 @@ def crg_thresholds(targets, probs) -> np.ndarray:
     """
     targets = np.asarray(targets, np.float64)
     worth = _ratio((targets == 0).sum(), (targets == 1).sum(), 1.0)
-    return _best_thresholds(targets, probs, lambda tp, flagged: worth * tp - (flagged - tp))
+    return _best_thresholds(targets, probs, lambda tp, flagged: worth * tp - (flagged - tp), at_least=0)
 
 
 def fold_thresholds(probs, thresholds) -> np.ndarray:
@@ -356,8 +357,11 @@ def fold_thresholds(probs, thresholds) -> np.ndarray:
     return np.where(p < t, 0.5 * p / np.maximum(t, tiny), 1 - 0.5 * (1 - p) / np.maximum(1 - t, tiny))
 
 
-def _best_thresholds(targets, probs, gain) -> np.ndarray:
-    """gain(tp, flagged): what is to be highest, from the true positives and all cases at or above each score."""
+def _best_thresholds(targets, probs, gain, at_least=-math.inf) -> np.ndarray:
+    """gain(tp, flagged): what is to be highest, from the true positives and all cases at or above each score.
+
+    Where it never exceeds `at_least`, the worth of flagging nothing, the threshold is above all scores (of 1, at 1).
+    """
     targets, probs = np.asarray(targets, np.float64), np.asarray(probs, np.float64)
     best = np.full(probs.shape[1], 0.5)
     for k in range(len(best)):
@@ -367,6 +371,8 @@ def _best_thresholds(targets, probs, gain) -> np.ndarray:
         if len(scores) and positives[-1] > 0:
             value = gain(positives, np.cumsum(np.bincount(group)))
             best[k] = -(scores + np.append(scores[1:], 0))[np.argmax(value)] / 2
+            if value.max() <= at_least:
+                best[k] = (1 - scores[0]) / 2
     return best
 
 
@@ -548,6 +554,29 @@ def seed_everything(*parts: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value % 2**63)
+
+
+def checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(x), recomputed in the backward pass to save memory; batch-norm statistics move once, not twice.
+
+    Not in the reentrant form, which would give no gradient above a frozen stem.
+    """
+    contexts = lambda: (contextlib.nullcontext(), _still_statistics(module))  # noqa: E731
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _still_statistics(module: nn.Module):
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.sub_(1)
 
 
 # ==== Process group ============================================================================================
@@ -861,6 +890,11 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
         return None
     if args.resume != "auto":
         saved = load_checkpoint(args.resume)
+        if path.exists() and Path(args.resume).resolve().parent != path.resolve().parent and not args.overwrite:
+            raise UserError(
+                f"{args.output_dir}: holds another run than {args.resume} (continue that in another --output-dir; "
+                "--overwrite gives this one up)"
+            )
     elif not path.exists() and not previous_of(path).exists():
         return None
     else:
@@ -1286,7 +1320,7 @@ def volume_sources(table: pd.DataFrame, csv: Path, metadata: Path | None = None,
 
 def group_of(series_id: str) -> str:
     """The patient: 'train_1_a_2' (patient, scan, reconstruction; CT-RATE) -> 'train_1'; any other id is its own."""
-    match = re.fullmatch(r"([A-Za-z]+_\d+)_[A-Za-z]+_\d+(\.nii|\.nii\.gz|\.np[yz])?", series_id)
+    match = re.fullmatch(r"([A-Za-z]+_\d+)_[A-Za-z]+_\d+", volume_name(series_id))
     return match[1] if match else series_id
 
 
@@ -1974,13 +2008,24 @@ def check_positive(args) -> None:
     for name in [*names, "early_stopping_patience", "max_bad_steps"]:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("num_workers", "eval_batch_size", "warmup", "max_steps"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if not 0 <= args.dropout_rate < 1:
+        raise UserError("--dropout-rate must be at least 0 and below 1")
     if args.max_grad_norm <= 0:
         raise UserError("--max-grad-norm must be positive (inf: no clipping)")
 
 
 def plain_args(args: argparse.Namespace) -> dict:
     """`args` as plain values for a checkpoint; paths become text."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+    def plain(value):
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {k: plain(v) for k, v in vars(args).items()}
 
 
 def run_main(main) -> int:

@@ -153,6 +153,7 @@ class Cases:
     evaluated_on: str
     notes: list[str]
     files: dict  # for the provenance
+    incomplete: bool = False  # something of a case failed to load, but not all of it
 
 
 def cases_of_files(args) -> Cases:
@@ -194,6 +195,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
     dataset = script.build_eval_dataset(task_args)
     out = script.predict(script.build_eval_model(saved, task_args, ctx.device), dataset, ctx, "prediction")
     thresholds, source = choose_thresholds(args.threshold, saved)
+    unread = [dataset.ids[i] for i in out.get("unread", [])]
     table, notes = script.data_file(task_args), []
     trained_on = script.data_file(script.args_from_checkpoint(saved), task_args.split)
     same_data = trained_on is not None and table.resolve() == trained_on.resolve()
@@ -205,6 +207,9 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         )
     elif same_data and task_args.split == "train":
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
+    if unread:
+        first = ", ".join(unread[:10])
+        notes.append(f"{len(unread)} slices could not be read and are missing in their volumes: {first}")
     return Cases(
         ids=list(out["ids"]),
         groups=list(out["groups"]),
@@ -218,6 +223,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         evaluated_on=f"split '{task_args.split}' of {table.name}",
         notes=notes,
         files={"checkpoint": file_facts(args.test_only), "csv": file_facts(table), "trained_with": saved["versions"]},
+        incomplete=bool(unread),
     )
 
 
@@ -350,7 +356,7 @@ def main(argv=None) -> int:
         else:
             return 0
         if not ctx.master:
-            return 3 if cases.failed else 0
+            return 3 if cases.failed or cases.incomplete else 0
     results_path = args.output if args.output.suffix == ".json" else args.output / "results.json"
     try:
         results_path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +379,7 @@ def main(argv=None) -> int:
     for warning in warnings_of(results):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"Results: {results_path}\nReport: {results_path.parent / 'report.html'}")
-    return 3 if cases.failed else 0
+    return 3 if cases.failed or cases.incomplete else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -422,8 +421,7 @@ class SiglipVision(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])  # (n, N, E)
         for block in self.encoder["layers"]:
             if self.grad_checkpointing and self.training:
-                # the reentrant form would give no gradient above a frozen stem
-                x = checkpoint(block, x, use_reentrant=False)
+                x = common.checkpointed(block, x)
             else:
                 x = block(x)
         return self.post_layernorm(x)
@@ -478,7 +476,7 @@ class MerlinResNet(nn.Module):
         x = F.max_pool3d(F.relu(self.bn1(self.conv1(volume))), 3, 2, 1)
         for block in [b for i in range(1, 5) for b in getattr(self, f"layer{i}")]:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = common.checkpointed(block, x)
             else:
                 x = block(x)
         return x.mean((2, 3, 4))  # (B, 2048)
@@ -1025,7 +1023,8 @@ def train(args, ctx):
     log.add_wandb(args, WANDB_PROJECT)
 
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved
-    if ctx.device.type == "cuda" if args.compile is None else args.compile:
+    compiling = ctx.device.type == "cuda" if args.compile is None else args.compile
+    if compiling:
         model.compile()
     net, epoch = None, -1
     batches = iter(common.data_loader(train_set, sampler, args, ctx))
@@ -1047,6 +1046,8 @@ def train(args, ctx):
             epoch = state["step"] // sampler.per_epoch
             if set_trainable(model, args, epoch, log.info) or net is None:
                 net = DistributedDataParallel(model) if ctx.world > 1 else model
+                if compiling:
+                    torch.compiler.reset()  # other parts frozen is another graph, and the number of graphs is limited
         for group in optimizer.param_groups:
             group["lr"] = lr_at(state["updates"], max_steps, args) * state["lr_factor"] * group["lr_scale"]
 

@@ -254,7 +254,9 @@ def job_key(job: dict) -> dict:
     places = {"source": os.path.abspath(job["source"]), "output": os.path.basename(job["output"])}
     options = {k: v for k, v in job["options"].items() if k != "max_voxels"}
     file = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return json.loads(json.dumps({**job, **places, **file, "options": options}))  # as it will be read back
+    key = {**job, **places, **file, "options": options}
+    key.pop("files", None)  # where else the output goes
+    return json.loads(json.dumps(key))  # as it will be read back
 
 
 def is_whole(path: Path, record: dict) -> bool:
@@ -500,9 +502,13 @@ def extract(job: dict) -> dict:
     for i, image in zip(index, pixels, strict=True) if job["files"] else ():
         path = Path(job["files"]) / f"{slice_name(Path(job['source']).name, i)}.npy"
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, image if s["store"] == "hu" else image.astype(np.float32) / 255, allow_pickle=False)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, image if s["store"] == "hu" else image.astype(np.float32) / 255, allow_pickle=False)
+            os.replace(temporary, path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: could not be written: {e.strerror} (--no-slice-files needs a fifth)") from e
     return {"index": index, "pixels": pixels, "shape": list(volume.array.shape), "notes": list(volume.notes)}
 
 
@@ -520,9 +526,11 @@ def run_slices(args) -> int:
         first = common.read_table(files[0]).columns
         columns = [c for c in first if c not in ("VolumeName", "split", "patient_id", args.split_column)]
     labels, metadata = read_labels(args, found, files, columns)
-    split_column = args.split_column or ("split" if any("split" in row for row in labels.values()) else None)
     rows = {name: metadata.get(name, {}) | labels.get(name, {}) for name in found}
-    splits = {name: SLICE_SPLITS[split_of(name, row, split_column)] for name, row in rows.items()}
+    splits = {}
+    for name, row in rows.items():  # the label file's own column, unless another is named; else the volume's name
+        column = args.split_column or ("split" if row.get("split", "").strip() else None)
+        splits[name] = SLICE_SPLITS[split_of(name, row, column)]
     patients = {name: rows[name].get("patient_id", "").strip() or common.group_of(name) for name in found}
     seen = {}
     for name, split in splits.items():
@@ -557,7 +565,10 @@ def run_slices(args) -> int:
             if path not in packs:
                 packs[path] = Pack(path, pixels.dtype.str, args.image_size)
             names = [f"{slice_name(Path(job['source']).name, i)}.npy" for i in record["index"]]
-            row = packs[path].append(pixels)
+            try:
+                row = packs[path].append(pixels)
+            except OSError as e:
+                raise UserError(f"{path}: could not be written: {e.strerror} (the same command goes on)") from e
             return record | {"row": row, "item_bytes": pixels.dtype.itemsize, "files": names}
 
         records, failed = convert_all(args, jobs, extract, whole, keep)
@@ -567,7 +578,8 @@ def run_slices(args) -> int:
         summary = {split: {"volumes": int(t["volume_name"].nunique()), "slices": len(t)} for split, t in tables.items()}
         note = {"settings": settings, "splits": summary, "failed": [job["id"] for job, _ in failed]}
         common.write_atomic(args.out / "slice_extraction_stats.json", json.dumps(note, indent=1) + "\n")
-        draw_slices(args.out, tables)
+        if tables:
+            draw_slices(args.out, tables)
         print(", ".join(f"{split}: {s['slices']} slices of {s['volumes']} volumes" for split, s in summary.items()))
         return finish(args, failed, len(records))
 

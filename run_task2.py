@@ -41,7 +41,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -58,7 +57,7 @@ BEST = "checkpoints/best.ckpt"
 WANDB_PROJECT = "vlm3d-task2"
 # A checkpoint can only be continued or evaluated with these as they were.
 FIXED_ARGS = ["version", "model", "label_columns", "use_attention", "use_multiscale", "aggregate", "window_values"]
-FIXED_ARGS += ["slice_store", "slice_size", "image_size", "optimizer", "weight_decay", "use_ema"]
+FIXED_ARGS += ["extraction", "slice_store", "slice_size", "image_size", "optimizer", "weight_decay", "use_ema"]
 
 # The order of the original tool's outputs; the challenge's own is common.CT_RATE_LABELS.
 LABELS = [
@@ -116,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
     add("--use-attention", choices=["none", "se", "cbam"], default="none", help="attention on the last feature map")
     add("--use-multiscale", action="store_true", help="fuse the pooled maps of the last three stages")
-    add("--aggregate", choices=[*AGGREGATES, "mil"], default="mean", help="what makes a volume of its slices")
-    add("--top-slices", type=int, default=3, help="slices averaged by --aggregate topk")
+    add("--aggregate", choices=[*AGGREGATES, "mil"], help="what makes a volume of its slices (mean)")
+    add("--top-slices", type=int, help="slices averaged by --aggregate topk (3)")
     add("--bag-size", type=int, default=12, help="slices of a volume in training with --aggregate mil")
     add("--dropout-rate", type=float, default=0.3, help="dropout in the classification head")
     add("--stochastic-depth", type=float, default=0.2, help="stochastic depth of the last EfficientNet block")
@@ -220,16 +219,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.version = args.window_values = args.slice_store = args.slice_size = args.extraction = None
     args.attention_place = "map"  # "pooled" in the original tool's checkpoints
     common.check_positive(args)
-    if args.mode == "predict" and bool(args.predict_input) == bool(args.challenge_input):
-        raise UserError("--mode predict takes either --predict-input FILE ... or --challenge-input DIR")
+    if bool(args.predict_input) + bool(args.challenge_input) != (args.mode == "predict"):
+        raise UserError("--mode predict, and it alone, takes either --predict-input FILE ... or --challenge-input DIR")
+    if args.predict_output and args.predict_output.suffix == ".csv":
+        raise UserError("--predict-output names the JSON file (the CSV is written beside it)")
+    if args.mode in ("train", "both"):
+        args.aggregate, args.top_slices = args.aggregate or "mean", args.top_slices or 3
     if args.use_advanced_aug and args.aggregate == "mil":
         raise UserError("--use-advanced-aug mixes slices, --aggregate mil trains on volumes (leave one of them away)")
     if args.export and (args.use_attention != "none" or args.use_multiscale or args.aggregate == "mil"):
         raise UserError("--export: the original tool has no such model (only with --use-attention none, no "
                         "--use-multiscale, no --aggregate mil)")  # fmt: skip
-    for name in ("top_slices", "bag_size", "slices_per_volume", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    limits = dict.fromkeys(("top_slices", "bag_size", "slices_per_volume", "image_size"), (1, math.inf))
+    limits |= dict.fromkeys(("flip_prob", "cutmix_prob", "stochastic_depth", "jitter", "shift"), (0, 1))
+    limits |= {"zoom": (0, 0.9), "mixup_alpha": (1e-3, math.inf), "rotation": (0, 180), "unfreeze_epoch": (0, math.inf)}
+    for name, (low, high) in limits.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            bound = f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+            raise UserError(f"--{name.replace('_', '-')} must be {bound}")
     return args
 
 
@@ -238,6 +245,8 @@ def args_from_checkpoint(saved: dict, **overrides) -> argparse.Namespace:
     args = build_parser().parse_args([])
     vars(args).update(saved["args"])
     vars(args).update({k: v for k, v in overrides.items() if v is not None})
+    if "mil" in (args.aggregate, saved["args"]["aggregate"]) and args.aggregate != saved["args"]["aggregate"]:
+        raise UserError(f"--aggregate {args.aggregate}: the checkpoint was trained with {saved['args']['aggregate']}")
     for name in ("data_dir", "slice_dir", "output_dir"):
         setattr(args, name, Path(getattr(args, name)))
     return args
@@ -281,7 +290,7 @@ class CTSlices(Dataset):
         self.pack, self.rows = None, None
         self.files = self.paths = table["file_path"].tolist()  # below --slice-dir
         self.find_pixels(table, path, split)
-        settle_pixels(args, self.read(0))
+        settle_pixels(args, self.first_image())
 
     def find_pixels(self, table, path: Path, split: str):
         """The packed array of the split if there is one, else one file a slice; all are looked for now."""
@@ -292,7 +301,8 @@ class CTSlices(Dataset):
                 self.rows = table["packed_row"].astype(int).to_numpy()
             except (ValueError, EOFError, OSError) as e:
                 raise UserError(f"{pack}: damaged, or not that of {path} (run prepare_ct.py slices again)") from e
-            if self.pack.ndim != 3 or not 0 <= self.rows.min() <= self.rows.max() < len(self.pack):
+            good = self.pack.ndim == 3 and self.pack.dtype in (np.uint8, np.int16)
+            if not good or not 0 <= self.rows.min() <= self.rows.max() < len(self.pack):
                 raise UserError(f"{pack}: not the slices of {path} (run prepare_ct.py slices again)")
             return
         root = self.args.slice_dir
@@ -310,7 +320,16 @@ class CTSlices(Dataset):
 
     def notes(self) -> str:
         where = "packed" if self.pack is not None else "one file each"
-        return f"{self.ids[0]}, {len(self.volumes)} volumes, {where}, {self.args.slice_store} {self.read(0).shape}"
+        return f"{self.ids[0]}, {len(self.volumes)} volumes, {where}, {self.args.slice_store} {self.args.slice_size}"
+
+    def first_image(self) -> np.ndarray:
+        """The first slice, or with --on-bad-sample skip the first that can be read."""
+        for index in range(len(self.files)):
+            try:
+                return self.read(index)
+            except UserError:
+                if self.args.on_bad_sample == "fail" or index == len(self.files) - 1:
+                    raise
 
     def read(self, index: int) -> np.ndarray:
         """(H, W) uint8 or int16."""
@@ -330,46 +349,47 @@ class CTSlices(Dataset):
             raise UserError(f"{self.files[index]}: {image.dtype}, but other slices hold {a.slice_store}")
         return common.resize_slices(image[None], a.image_size)
 
-    def views(self, indices, theta, gain) -> dict:
-        """image (V, C, h, w) of some slices, augmented here or with what the device needs to do it."""
-        image, item = np.stack([self.image(i) for i in indices]), {}
+    def readable(self, index: int) -> tuple[np.ndarray | None, int, int]:
+        """-> image, index of the slice, how many before it could not be read; when training the next that can be."""
+        for bad in range(len(self.files)):
+            try:
+                return self.image(index), index, bad
+            except UserError:
+                if self.args.on_bad_sample == "fail":
+                    raise
+                if not self.train:
+                    break
+                index = (index + 1) % len(self.files)
+        return None, index, 1
+
+    def augmented(self, images, theta, gain) -> dict:
+        """image (V, C, h, w), augmented here, or with what the device needs to do it."""
+        image, item = torch.from_numpy(np.stack(images)), {}
         if theta is not None and self.args.augment_on == "workers":
-            levels = to_levels(torch.from_numpy(image), self.args)
+            image = to_levels(image, self.args)
             if self.args.interpolation == "nearest":
-                image = warp_nearest(levels, theta, gain)
+                image = warp_nearest(image, theta, gain)
             else:
-                image = warp(levels.float(), theta, gain, "bilinear").round_().to(torch.uint8)
+                image = warp(image.float(), theta, gain, "bilinear").round_().to(torch.uint8)
         elif theta is not None:
             item = {"theta": theta, "gain": gain}
-        return {"image": torch.as_tensor(image), **item}
+        return {"image": image, **item}
 
     def __getitem__(self, key: tuple[int, int]):
         (epoch, index), a = key, self.args
         rng = np.random.default_rng((a.seed, epoch, index)) if self.train else None
         mixing = self.train and a.use_advanced_aug
         theta, gain = draw_augmentation(rng, a, 2 if mixing else 1) if self.train and a.augment else (None, None)
-        partner, mix, share = draw_mix(rng, a, len(self)) if mixing else (index, None, 0.0)
-        bad, source = 0, index
-        while True:
-            try:
-                item = self.views([source, partner] if mixing else [source], theta, gain)
-                break
-            except UserError:
-                if a.on_bad_sample == "fail":
-                    raise
-                bad += 1
-                if not self.train:  # an unread slice stays in its place, marked, and is left out of its volume
-                    dark = np.zeros((1, 1, a.image_size, a.image_size), np.int16 if a.slice_store == "hu" else np.uint8)
-                    item = {"image": torch.from_numpy(dark)}
-                    break
-                if bad > len(self):
-                    raise
-                source, partner = (source + 1) % len(self), (partner + 1) % len(self)  # slice and labels together
-        target = (1 - share) * self.targets[source] + share * self.targets[partner]
-        item["target"] = torch.from_numpy(np.float32(target))
+        image, source, bad = self.readable(index)
+        if image is None:  # in evaluation it stays in its place, marked, and is left out of its volume
+            image = np.zeros((1, a.image_size, a.image_size), np.int16 if a.slice_store == "hu" else np.uint8)
+        images, target = [image], self.targets[source]
+        item = {"index": torch.tensor(index), "bad": torch.tensor(bad)}
         if mixing:
-            item["mix"] = mix
-        return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
+            partner, item["mix"], share = draw_mix(rng, a, len(self))
+            other, partner, _ = self.readable(partner)
+            images, target = [image, other], (1 - share) * target + share * self.targets[partner]
+        return item | self.augmented(images, theta, gain) | {"target": torch.from_numpy(np.float32(target))}
 
 
 class CTBags(CTSlices):
@@ -400,13 +420,14 @@ class CTBags(CTSlices):
             if len(slices) > n:
                 slices = slices[np.floor((np.arange(n) + places) * len(slices) / n).astype(int)]
             try:
-                item = self.views([*slices, *[slices[-1]] * (n - len(slices))], theta, gain)
+                images = [self.image(i) for i in slices]
                 break
             except UserError:
                 bad += 1
                 if a.on_bad_sample == "fail" or bad > len(self):
                     raise
-                source = (source + 1) % len(self)
+                source = (source + 1) % len(self)  # the next volume, slices and labels together
+        item = self.augmented([*images, *[images[-1]] * (n - len(images))], theta, gain)
         item |= {"mask": torch.arange(n) < len(slices), "target": torch.from_numpy(self.targets[source])}
         return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
 
@@ -575,7 +596,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet (arXiv 1512.03385): image (N, 3, h, w) -> maps of strides 8, 16, 32; key names of torchvision."""
 
-    widths = (512, 1024, 2048)
+    widths, recompute = (512, 1024, 2048), False
 
     def __init__(self, blocks: tuple[int, int, int, int]):
         super().__init__()
@@ -594,9 +615,9 @@ class ResNet(nn.Module):
 
     def forward(self, image):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(image)), inplace=True), 3, 2, 1)
-        x = self.layer2(self.layer1(x))  # (N, 512, h / 8, w / 8)
-        y = self.layer3(x)  # (N, 1024, h / 16, w / 16)
-        return x, y, self.layer4(y)  # (N, 2048, h / 32, w / 32)
+        x = run_blocks([*self.layer1, *self.layer2], x, self.recompute)  # (N, 512, h / 8, w / 8)
+        y = run_blocks(self.layer3, x, self.recompute)  # (N, 1024, h / 16, w / 16)
+        return x, y, run_blocks(self.layer4, y, self.recompute)  # (N, 2048, h / 32, w / 32)
 
 
 class DenseLayer(nn.Module):
@@ -615,7 +636,7 @@ class DenseLayer(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet-121 (arXiv 1608.06993): image (N, 3, h, w) -> maps of strides 8, 16, 32; key names of torchvision."""
 
-    widths = (512, 1024, 1024)
+    widths, recompute = (512, 1024, 1024), False
 
     def __init__(self):
         super().__init__()
@@ -642,9 +663,10 @@ class DenseNet(nn.Module):
     def forward(self, image):
         f = self.features
         x = F.max_pool2d(F.relu(f.norm0(f.conv0(image)), inplace=True), 3, 2, 1)
-        x = f.denseblock2(f.transition1(f.denseblock1(x)))  # (N, 512, h / 8, w / 8)
-        y = f.denseblock3(f.transition2(x))  # (N, 1024, h / 16, w / 16)
-        return x, y, F.relu(f.norm5(f.denseblock4(f.transition3(y))), inplace=True)  # (N, 1024, h / 32, w / 32)
+        x = run_blocks([*f.denseblock1, f.transition1, *f.denseblock2], x, self.recompute)  # (N, 512, h / 8, w / 8)
+        y = run_blocks([f.transition2, *f.denseblock3], x, self.recompute)  # (N, 1024, h / 16, w / 16)
+        z = run_blocks([f.transition3, *f.denseblock4], y, self.recompute)
+        return x, y, F.relu(f.norm5(z), inplace=True)  # (N, 1024, h / 32, w / 32)
 
 
 def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True):
@@ -687,7 +709,7 @@ class MBConv(nn.Module):
 class EfficientNet(nn.Module):
     """EfficientNet-B0 (arXiv 1905.11946): image (N, 3, h, w) -> maps of strides 8, 16, 32; names of torchvision."""
 
-    widths = (40, 112, 1280)
+    widths, recompute = (40, 112, 1280), False
     layout = (  # expansion, kernel, stride, channels in and out, blocks
         (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
         (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1),
@@ -710,9 +732,17 @@ class EfficientNet(nn.Module):
         return [[stage] for stage in self.features]
 
     def forward(self, image):
-        x = self.features[:4](image)  # (N, 40, h / 8, w / 8)
-        y = self.features[4:6](x)  # (N, 112, h / 16, w / 16)
-        return x, y, self.features[6:](y)  # (N, 1280, h / 32, w / 32)
+        f = self.features
+        x = run_blocks([f[0], *f[1], *f[2], *f[3]], image, self.recompute)  # (N, 40, h / 8, w / 8)
+        y = run_blocks([*f[4], *f[5]], x, self.recompute)  # (N, 112, h / 16, w / 16)
+        return x, y, run_blocks([*f[6], *f[7], f[8]], y, self.recompute)  # (N, 1280, h / 32, w / 32)
+
+
+def run_blocks(blocks, x, recompute: bool):
+    """The blocks one after the other; `recompute`: keep only what goes between them for the backward pass."""
+    for block in blocks:
+        x = common.checkpointed(block, x) if recompute and block.training and torch.is_grad_enabled() else block(x)
+    return x
 
 
 def init_convolution(module):
@@ -785,6 +815,7 @@ class SliceClassifier(nn.Module):
         super().__init__()
         self.args, n_labels = args, len(args.label_columns)
         self.backbone = build_backbone(args)
+        self.backbone.recompute = args.grad_checkpointing
         width = self.backbone.widths[-1]
         pooled = args.attention_place == "pooled"
         kinds = {"none": nn.Identity, "se": SE, "cbam": CBAM}
@@ -827,11 +858,7 @@ class SliceClassifier(nn.Module):
 
     def features(self, x):
         """(N, 3, h, w) normalised -> (N, F)."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.args.grad_checkpointing and self.training:
-            maps = checkpoint(self.backbone, x, use_reentrant=False)
-        else:
-            maps = self.backbone(x)
+        maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
         last = maps[-1]
         if self.args.attention_place == "pooled":
             last = last.mean((2, 3), keepdim=True)
@@ -869,11 +896,16 @@ def backbone_weights(state: dict, args) -> dict:
         )
     state = {re.sub(r"^(?:model\.|densenet121\.)+", "", k): v for k, v in state.items()}
     state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", k): v for k, v in state.items()}
-    if "classifier.3.weight" in state:
+    if is_original(state):
         state = from_original(state)
     if any(k.startswith("backbone.") for k in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     return {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+
+
+def is_original(state: dict) -> bool:
+    heads = {"classifier.3.weight", "classifier.6.weight", "classifier.6.bias"}
+    return heads <= state.keys() and any(k.startswith("backbone.0.") for k in state)
 
 
 # Places of the original tool's nn.Sequential -> torchvision's names
@@ -932,11 +964,10 @@ def read_checkpoint(path: Path) -> dict:
     try:
         saved = common.load_checkpoint(path)
     except UserError as e:
-        try:
-            state = common.load_weights(str(path))
-        except UserError:
-            raise e from None
-        if "classifier.3.weight" not in state:
+        if "not a checkpoint of this toolkit" not in str(e):  # missing, damaged, or refused
+            raise
+        state = common.load_weights(str(path))
+        if not is_original(state):
             raise
         return checkpoint_of_original(state, path)
     if saved["task"] != TASK:
@@ -945,7 +976,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def checkpoint_of_original(state: dict, path: Path) -> dict:
-    args = parse_args(["--no-tensorboard"])
+    args = parse_args(["--mode", "train"])
     depth = len({k.split(".")[2] for k in state if k.startswith("backbone.6.")})
     args.model = {6: "resnet50", 23: "resnet101"}.get(depth, "efficientnet_b0")
     kinds = {"se": "attention.excitation.0.weight", "cbam": "attention.spatial_attention.0.weight"}
@@ -1138,7 +1169,7 @@ def predict(model, dataset, ctx, say=None) -> dict:
     """Every slice exactly once, then the volumes: to the last digit the same on every rank, for any number of ranks.
 
     -> ids, groups, targets, probs (n_volumes, K) of the volumes; rows (n_slices, K or 2 K) float32 of the slices;
-    failed: indices of volumes without a readable slice, whose probs are NaN.
+    failed: indices of volumes without a readable slice, whose probs are NaN; unread: indices of slices.
     """
     args = dataset.args
     batches = common.eval_batches(len(dataset), args.eval_batch_size or args.batch_size, ctx)
@@ -1161,6 +1192,7 @@ def predict(model, dataset, ctx, say=None) -> dict:
         "probs": probs,
         "rows": rows,
         "failed": np.flatnonzero(np.isnan(probs).any(1)).tolist(),
+        "unread": np.flatnonzero(failed).tolist(),
     }
 
 
@@ -1254,7 +1286,8 @@ def train(args, ctx):
     log.add_wandb(args, WANDB_PROJECT)
 
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved
-    if ctx.device.type == "cuda" if args.compile is None else args.compile:
+    compiling = ctx.device.type == "cuda" if args.compile is None else args.compile
+    if compiling:
         model.compile()
     net, epoch = None, -1
     batches = iter(common.data_loader(train_set, sampler, args, ctx))
@@ -1276,6 +1309,8 @@ def train(args, ctx):
             epoch = state["step"] // sampler.per_epoch
             if set_trainable(model, args, epoch, log.info) or net is None:
                 net = DistributedDataParallel(model) if ctx.world > 1 else model
+                if compiling:
+                    torch.compiler.reset()  # other parts frozen is another graph, and the number of graphs is limited
         for group in optimizer.param_groups:
             group["lr"] = lr_at(state["updates"], max_steps, args) * state["lr_factor"] * group["lr_scale"]
 
@@ -1385,9 +1420,13 @@ def check_environment(args, ctx) -> None:
     """Say what this runs on, and refuse before anything starts what would fail later."""
     if args.tensorboard and args.mode in ("train", "both") and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed (pip install tensorboard, or --no-tensorboard)")
-    folder = next(p for p in (args.output_dir.resolve(), *args.output_dir.resolve().parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: is not writable (--output-dir)")
+    outputs = [args.output_dir / "x"] if args.mode != "predict" else []
+    outputs += [args.challenge_output] if args.challenge_input else []
+    outputs += [args.predict_output or args.output_dir / "x"] if args.predict_input else []
+    for path in [*outputs, *([args.export] if args.export else [])]:
+        folder = next(p for p in path.resolve().parents if p.exists())
+        if not os.access(folder, os.W_OK) or not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder that can be written to (for {path})")
     if ctx.master:
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -1395,25 +1434,33 @@ def check_environment(args, ctx) -> None:
 
 
 def begin_run(args, ctx) -> None:
-    """Number a new run; the checkpoints of one that was here before move to checkpoints/version_N: nothing is lost."""
-    last, n = args.output_dir / LAST, 0
+    """Look at the data, then number a new run; the checkpoints of one that was here before move to
+    checkpoints/version_N: only --overwrite loses them."""
+    last, n, old = args.output_dir / LAST, 0, 0
     if args.augment_on == "auto":
         args.augment_on = "device" if ctx.device.type == "cuda" else "workers"
     if args.resume and (args.resume != "auto" or last.exists() or common.previous_of(last).exists()):
         return
+    build_datasets(deepcopy(args))  # a mistake in it must not cost an earlier run its place
+    if args.pretrained not in ("imagenet", "none") and not Path(args.pretrained).exists():
+        raise UserError(f"{args.pretrained}: no such weight file")
     while (args.output_dir / TENSORBOARD.format(version=n)).exists():
         n += 1
-    args.version = n
+    while (last.parent / f"version_{old}").exists() or old < n - 1:
+        old += 1
+    args.version, target = n, last.parent / f"version_{old}"
+    files = [] if args.overwrite else sorted(last.parent.glob("*.ckpt"))
+    moved = {str(p.resolve()): target / p.name for p in files}
+    args.pretrained = str(moved.get(str(Path(args.pretrained).resolve()), args.pretrained))
+    if args.checkpoint:
+        args.checkpoint = moved.get(str(args.checkpoint.resolve()), args.checkpoint)
     ctx.barrier()  # all have looked before the first one writes
-    if ctx.master and last.exists() and not args.overwrite:
+    if ctx.master and files:
         with common.lock_folder(args.output_dir):
-            n, files = max(0, n - 1), [p for p in last.parent.glob("*.ckpt")]
-            while (last.parent / f"version_{n}").exists():
-                n += 1
-            (last.parent / f"version_{n}").mkdir()
+            target.mkdir()
             for path in files:
-                path.rename(last.parent / f"version_{n}" / path.name)
-        print(f"an earlier run's {len(files)} checkpoints are now in {last.parent / f'version_{n}'}", file=sys.stderr)
+                path.rename(target / path.name)
+        print(f"{len(files)} checkpoints of an earlier run are now in {target}", file=sys.stderr)
     ctx.barrier()
 
 
@@ -1432,9 +1479,14 @@ def best_checkpoint(args) -> Path:
 def load_model(args, ctx):
     """-> the checkpoint, its arguments with what this command line may change, its model."""
     path = best_checkpoint(args)
-    saved = read_checkpoint(path)
+    saved, parser = read_checkpoint(path), build_parser()
+    for name in ("model", "label_columns", "image_size", "windows", "use_attention", "use_multiscale"):
+        given, then = getattr(args, name), saved["args"][name]
+        if given not in (parser.get_default(name), then):
+            raise UserError(f"--{name.replace('_', '-')} is {given}, but {then} in {path}")
     own = ("data_dir", "slice_dir", "output_dir", "threshold", "split", "batch_size", "eval_batch_size", "num_workers")
-    model_args = args_from_checkpoint(saved, **{k: getattr(args, k) for k in (*own, "amp")}, on_bad_sample="skip")
+    own += ("amp", "on_bad_sample", "aggregate", "top_slices")
+    model_args = args_from_checkpoint(saved, **{k: getattr(args, k) for k in own})
     if ctx.master:
         print(f"checkpoint: {path} ({model_args.model}, {len(saved['class_names'])} labels), on {ctx}")
     return path, saved, model_args, build_eval_model(saved, model_args, ctx.device)
@@ -1460,7 +1512,7 @@ def test(args, ctx) -> int:
     path, saved, a, model = load_model(args, ctx)
     dataset = build_eval_dataset(a)
     out = predict(model, dataset, ctx, "prediction")
-    code = 3 if out["failed"] else 0
+    code = 3 if out["unread"] else 0
     if not ctx.master:
         ctx.barrier()  # torchrun ends the others once one leaves
         return code
@@ -1478,8 +1530,12 @@ def test(args, ctx) -> int:
     metrics = common.multilabel_metrics(targets, probs[a.aggregate][read], names, cut)
     groups = np.array(out["groups"])[read]
     spread = common.bootstrap_intervals(targets, probs[a.aggregate][read], names, cut, groups)
-    trained_on = data_file(args_from_checkpoint(saved)).resolve() == data_file(a).resolve()
-    note = "These volumes chose the model and its thresholds: the numbers are too good to be expected of new patients"
+    trained_here = data_file(args_from_checkpoint(saved), a.split).resolve() == data_file(a).resolve()
+    notes = {
+        saved["args"]["split"]: "These volumes chose the model and its thresholds: the numbers are too good to be "
+        "expected of new patients",
+        "train": "The model was trained on these volumes: the numbers say nothing about new patients",
+    }
     results = {
         "checkpoint": str(path),
         "split": a.split,
@@ -1489,12 +1545,13 @@ def test(args, ctx) -> int:
         "aggregate": a.aggregate,
         "thresholds": dict(zip(names, np.broadcast_to(cut, len(names)).tolist(), strict=True)),
         "thresholds_source": source,
-        "notes": [note] if trained_on and saved["args"]["split"] == a.split else [],
+        "notes": [notes[a.split]] if trained_here and a.split in notes else [],
         **document_metrics(targets, probs[a.aggregate][read], names, cut),
         "metrics": {k: {"value": v, "interval": spread[k]} for k, v in metrics.items()},
         "volumes_by_aggregate": {how: document_metrics(targets, p[read], names, cut) for how, p in probs.items()},
         "slices": document_metrics(of_slices, slice_probs[read_slices], names, slice_cut),
         "failed": [out["ids"][i] for i in out["failed"]],
+        "unread_slices": [dataset.ids[i] for i in out["unread"]],
     }
     common.write_csv(folder / "volume_predictions.csv", common.prediction_table(out["ids"], out["probs"], names, cut))
     table = common.prediction_table(dataset.ids, slice_probs, names, slice_cut)
@@ -1505,6 +1562,8 @@ def test(args, ctx) -> int:
           f"[{low:.4f}, {high:.4f}], macro F1 {metrics['macro_f1']:.4f} (threshold {source}); slices: macro AUROC "
           f"{results['slices']['auroc_macro']:.4f}")  # fmt: skip
     print("\n".join([*results["notes"], f"Results: {folder / 'evaluation_results.json'}"]))
+    for i in out["unread"]:
+        print(f"failed: slice {dataset.ids[i]}", file=sys.stderr)
     for i in out["failed"]:
         print(f"failed: {out['ids'][i]}", file=sys.stderr)
     ctx.barrier()
@@ -1512,7 +1571,10 @@ def test(args, ctx) -> int:
 
 
 def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path.parent}: could not be made: {e.strerror}") from e
     common.write_atomic(path, json.dumps(common.json_safe(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -1623,19 +1685,32 @@ def run_predict(args, ctx) -> int:
             options = common.metadata_options(metadata, common.volume_name(file.name), args.metadata)
         return slices_of_volume(file, a, options)
 
-    done, failed = [], []
+    done, failed, waiting = [], [], []
+
+    def score_waiting():
+        """Slices of several files fill a batch together."""
+        if not waiting:
+            return
+        rows = rows_of(model, np.concatenate([image for _, _, image in waiting]), a, ctx)
+        for file, index, image in waiting:
+            mine, rows = rows[: len(image)], rows[len(image) :]
+            one = (predict_volume(file, index, mine, names, cut, slice_cut, a) if volumes
+                   else predict_slice(file, mine, names, slice_cut))  # fmt: skip
+            done.append((one["volume_id" if volumes else "slice_id"], one))
+        waiting.clear()
+
     bar = tqdm(total=len(files), desc="prediction", unit="volume" if volumes else "slice", disable=None)
     for file, result in in_threads(read, files, args.num_workers):
         if isinstance(result, UserError):
+            score_waiting()  # results stay in the order of the files
             failed.append({"file_path": str(file), "reason": str(result)})
             done.append((common.volume_name(file.name), None))
         else:
-            index, image = result
-            rows = rows_of(model, image, a, ctx)
-            one = (predict_volume(file, index, rows, names, cut, slice_cut, a) if volumes
-                   else predict_slice(file, rows, names, slice_cut))  # fmt: skip
-            done.append((one["volume_id" if volumes else "slice_id"], one))
+            waiting.append((file, *result))
+        if sum(len(image) for _, _, image in waiting) >= (a.eval_batch_size or a.batch_size):
+            score_waiting()
         bar.update()
+    score_waiting()
     bar.close()
     for case in failed:
         print(f"failed: {case['reason']}", file=sys.stderr)

@@ -371,7 +371,7 @@ def test_volume_options_and_groups():
         volume_options({"RescaleSlope": "1", "RescaleIntercept": ""})
     assert group_of("train_1_a_2") == group_of("train_1_b_1.nii.gz") == "train_1"
     assert group_of("train_12_a_2") == "train_12" and group_of("valid_1_a_1") == "valid_1"
-    assert group_of("CT001") == "CT001" and group_of("scan_1") == "scan_1"
+    assert group_of("train_3_a_2.mha") == "train_3" and group_of("CT001") == "CT001" and group_of("scan_1") == "scan_1"
 
 
 # ---- sampling

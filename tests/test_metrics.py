@@ -441,3 +441,31 @@ def test_calibration_bins_close_on_the_right():
 def test_calibration_of_nothing_is_undefined():
     assert all(np.isnan(f([np.nan], [0.5])) for f in (ece, common.brier_score, common.log_loss))
     assert common.log_loss([1, 0], [0.0, 0.0]) == pytest.approx(-np.log(np.finfo(float).eps) / 2)
+
+
+def test_crg_thresholds_are_the_best_of_all():
+    """Against every combination of cuts of three small labels; where every cut costs more than it gains: none."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        y = (rng.random((12, 3)) < [0.5, 0.3, 0.2]).astype(float)
+        y[0] = 1
+        p = np.round(rng.random((12, 3)) * 0.8 + 0.15 * y, 2)
+        cuts = [[*np.unique(p[:, k]), 2.0] for k in range(3)]
+        best = max(crg_score(y, p >= np.array([a, b, c])) for a in cuts[0] for b in cuts[1] for c in cuts[2])
+        assert crg_score(y, p >= common.crg_thresholds(y, p)) == pytest.approx(best, abs=1e-12)
+    y = np.zeros((100, 2))
+    y[:50, 0] = 1
+    y[0, 1] = 1  # one positive, below every negative
+    p = np.column_stack([np.linspace(1, 0, 100), np.linspace(0.1, 0.9, 100)])
+    assert not (p[:, 1] >= common.crg_thresholds(y, p)[1]).any()
+    assert (common.crg_thresholds(np.full((4, 1), np.nan), np.full((4, 1), 0.3)) == 0.5).all()
+
+
+def test_folded_thresholds_keep_decisions_and_rankings():
+    """p >= t before is p >= 0.5 after, to the last bit; the map rises, 0 and 1 stay; thresholds at the ends too."""
+    rng = np.random.default_rng(0)
+    for t in (1e-9, 0.1, 1 / 3, 0.5, 0.93, 1.0):
+        p = np.sort(np.concatenate([rng.random(2000), [0, t, np.nextafter(t, 0), 1]]))[:, None]
+        folded = common.fold_thresholds(p, [t])
+        assert ((folded >= 0.5) == (p >= t)).all() and (np.diff(folded[:, 0]) >= 0).all()
+        assert folded[0] == 0 and folded[-1] == 1

@@ -19,7 +19,7 @@ import common
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
-CUTS = {"--n 500": "--n 60", "--epochs 20": "--epochs 1"}
+CUTS = {"--n 500": "--n 60", "--epochs 20": "--epochs 1", "--epochs 8": "--epochs 1"}
 DEMO = {"DEMO_N": "60", "DEMO_EPOCHS": "1"}
 FENCE = re.compile(
     r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE

@@ -131,7 +131,7 @@ def test_an_earlier_run_is_moved_not_lost(tiny_slices, tmp_path, capsys):
     assert call(*slice_args(tiny_slices, tmp_path, "--epochs", 1)) == 0
     first = (tmp_path / "checkpoints" / "best.ckpt").read_bytes()
     assert call(*slice_args(tiny_slices, tmp_path, "--epochs", 1, "--seed", 1)) == 0
-    assert "earlier run's" in capsys.readouterr().err
+    assert "of an earlier run are now in" in capsys.readouterr().err
     assert (tmp_path / "checkpoints" / "version_0" / "best.ckpt").read_bytes() == first
     assert (tmp_path / "checkpoints" / "best.ckpt").read_bytes() != first
     assert call(*slice_args(tiny_slices, tmp_path, "--epochs", 1, "--force-restart")) == 0
@@ -165,7 +165,51 @@ def test_the_environment_is_checked_first(tiny_slices, tmp_path, capsys, monkeyp
     assert "tensorboard is not installed" in error_of(capsys) and not (tmp_path / "a").exists()
     monkeypatch.setattr(task2.os, "access", lambda path, mode: False)
     assert call(*slice_args(tiny_slices, tmp_path / "a" / "b")) == 2
-    assert f"{tmp_path}: is not writable" in error_of(capsys)
+    assert f"{tmp_path}: is not a folder that can be written to" in error_of(capsys)
+
+
+def test_mistakes_cost_no_earlier_run(tiny_slices, trained, tmp_path, capsys):
+    """A wrong folder, a resume of another run: what is there stays. Pretraining from it follows it where it moves."""
+    folder = shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    before = {p.name: p.read_bytes() for p in folder.glob("*.ckpt")}
+    for more, message in (
+        (["--slice-dir", tmp_path / "typo"], "no such file"),
+        (["--slice-dir", tmp_path / "typo", "--overwrite"], "no such file"),
+        (["--pretrained", "typo.pth"], "no such weight file"),
+        (["--resume", trained / task2.LAST], "holds another run than"),
+    ):
+        assert call(*slice_args(tiny_slices, tmp_path, *more)) == 2
+        assert message in error_of(capsys)
+        assert {p.name: p.read_bytes() for p in folder.glob("*.ckpt")} == before
+    (folder / "last.ckpt").unlink()  # only named checkpoints, such as the original tool's
+    words = slice_args(
+        tiny_slices, tmp_path, "--max-steps", 1, "--pretrained", folder / "best.ckpt", "--freeze-backbone"
+    )
+    assert call(*words) == 0
+    assert {p.name for p in (folder / "version_0").iterdir()} == before.keys() - {"last.ckpt"}
+    old, new = (common.load_checkpoint(p)["model"] for p in (trained / task2.BEST, tmp_path / task2.BEST))
+    assert torch.equal(old["backbone.features.0.0.weight"], new["backbone.features.0.0.weight"])
+
+
+def test_what_a_checkpoint_fixes_is_not_ignored(trained, tiny_slices, tmp_path, capsys):
+    """In evaluation another aggregate takes effect; what the model was trained with cannot be another."""
+    copy = shutil.copytree(trained, tmp_path / "run")
+    words = ["run_task2.py", "--mode", "evaluate", "--slice-dir", tiny_slices, "--output-dir", copy, "--num-workers", 0]
+    assert call(*words, "--aggregate", "max") == 0
+    results = json.loads((copy / "results" / "evaluation_results.json").read_text())
+    assert (
+        results["aggregate"] == "max"
+        and results["auroc_macro"] == results["volumes_by_aggregate"]["max"]["auroc_macro"]
+    )
+    assert call(*words, "--aggregate", "topk", "--top-slices", 2) == 0
+    for more, message in (
+        (["--aggregate", "mil"], "--aggregate mil: the checkpoint was trained with mean"),
+        (["--model", "resnet101"], "--model is resnet101, but efficientnet_b0 in"),
+        (["--image-size", 64], "--image-size is 64, but 32 in"),
+        (["--predict-input", "x.npy"], "--mode predict, and it alone"),
+    ):
+        assert call(*words, *more) == 2
+        assert message in error_of(capsys)
 
 
 # ---- many processes
@@ -364,6 +408,8 @@ def test_foreign_pickles_never_run(tiny_slices, tmp_path, capsys):
          "int16, but other slices hold uint8"),
         (lambda f: (f / SLICE.format(2)).write_bytes(b"\x93NUMPY"), "damaged or not a .npy"),
         (lambda f: (f / "slice_extraction_stats.json").write_text("{"), "not readable JSON"),
+        (lambda f: packed(f, np.zeros((47, 32, 32), np.float32)), "not the slices of"),
+        (lambda f: packed(f, np.zeros((46, 32, 32), np.uint8)), "not the slices of"),
     ],
 )  # fmt: skip
 def test_bad_slice_folders_end_in_one_line(tiny_slices, tmp_path, capsys, change, message):
@@ -374,6 +420,12 @@ def test_bad_slice_folders_end_in_one_line(tiny_slices, tmp_path, capsys, change
     assert message in error_of(capsys)
 
 
+def packed(folder, array):
+    (folder / "packed").mkdir()
+    np.save(folder / "packed" / "train.npy", array)
+    edit(folder / "splits" / "train_slices.csv", lambda t: t.assign(packed_row=range(len(t))))
+
+
 def edit(path, change):
     change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
 
@@ -381,6 +433,7 @@ def edit(path, change):
 def test_bad_arguments_end_in_one_line(tiny_slices, tmp_path, capsys):
     for more, message in (
         (["--mode", "predict"], "either --predict-input FILE ... or --challenge-input DIR"),
+        (["--mode", "predict", "--predict-input", "a.npy", "--challenge-input", "b"], "either --predict-input FILE"),
         (["--use-advanced-aug", "--aggregate", "mil"], "leave one of them away"),
         (["--export", "x.pth", "--use-attention", "se"], "the original tool has no such model"),
         (["--batch-size", 99], "47 training samples do not fill one step of 99"),
@@ -389,6 +442,12 @@ def test_bad_arguments_end_in_one_line(tiny_slices, tmp_path, capsys):
         (["--pretrained", "nowhere.pth"], "nowhere.pth: no such weight file"),
         (["--device", "gpu"], "device 'gpu' is not known"),
         (["--bag-size", 0], "--bag-size must be at least 1"),
+        (["--mixup-alpha", 0], "--mixup-alpha must be at least 0.001"),
+        (["--cutmix-prob", 3], "--cutmix-prob must be 0 to 1"),
+        (["--zoom", 1], "--zoom must be 0 to 0.9"),
+        (["--num-workers", -1], "--num-workers must not be negative"),
+        (["--dropout-rate", 1.5], "--dropout-rate must be at least 0 and below 1"),
+        (["--predict-output", "x.csv"], "--predict-output names the JSON"),
         (["--split", "test"], "test_slices.csv: no such file"),
     ):
         assert call(*slice_args(tiny_slices, tmp_path, *more)) == 2
@@ -407,11 +466,22 @@ def test_unreadable_slices(tiny_slices, tmp_path, capsys):
     assert call(*words, "--max-bad-fraction", 0.01) == 2
     assert "training samples are unreadable" in error_of(capsys)
     assert call(*words, "--overwrite") == 3
-    assert "failed: case18" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "failed: case18" in error and "failed: slice case17.nii.gz_slice_000" in error
     assert list(pd.read_csv(tmp_path / "skip" / "bad_samples.csv")["id"]) == ["case2.nii.gz_slice_001"]
     table = pd.read_csv(tmp_path / "skip" / "results" / "volume_predictions.csv").set_index("id")
     assert table.loc["case18"].isna().all() and table.drop("case18").notna().all(axis=None)
-    assert json.loads((tmp_path / "skip" / "results" / "evaluation_results.json").read_text())["failed"] == ["case18"]
+    results = json.loads((tmp_path / "skip" / "results" / "evaluation_results.json").read_text())
+    assert results["failed"] == ["case18"] and len(results["unread_slices"]) == 3
+    evaluate = ["run_task2.py", "--mode", "evaluate", "--slice-dir", folder, "--output-dir", tmp_path / "skip"]
+    assert call(*evaluate, "--num-workers", 0) == 2  # nothing is left out unasked
+    assert "case17.nii.gz_slice_000" in error_of(capsys)
+    (folder / "slices" / "valid" / "case17.nii.gz_slice_000.npy").unlink()
+    assert call(*evaluate, "--num-workers", 0) == 2 and "no such slice (1 of 21" in error_of(capsys)
+    words = ["evaluate.py", "--test-only", tmp_path / "skip" / task2.BEST, "--output", tmp_path / "e", "--no-bootstrap"]
+    run(*words, "--num-workers", 0, check=3)
+    notes = json.loads((tmp_path / "e" / "results.json").read_text())["notes"]
+    assert "3 slices could not be read" in notes[-1]
 
 
 def test_full_disk_leaves_the_old_checkpoint(tiny_slices, trained, tmp_path):

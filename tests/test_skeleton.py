@@ -10,7 +10,7 @@ from conftest import ROOT
 SCRIPTS = ["finetune_siglip.py", "run_task2.py"]
 # Text that must be equal in every script that has it. Lines that end in `# task` are the script's own.
 LOOP_BLOCKS = ["EMA", "StepSampler", "lr_at", "forward_backward", "autocast_of", "train"]
-MODEL_BLOCKS = ["Bottleneck", "ResNet", "DenseLayer", "DenseNet", "init_convolution"]  # where a script has them
+MODEL_BLOCKS = ["Bottleneck", "ResNet", "DenseLayer", "DenseNet", "init_convolution", "run_blocks"]  # if it has them
 SHARED_BLOCKS = LOOP_BLOCKS + MODEL_BLOCKS
 SECTIONS = ["Arguments", "Data", "Model", "Loss and optimizer", "Loop parts", "Evaluation", "Train", "Main"]
 HOOKS = {
@@ -36,7 +36,7 @@ TASK_LINES = {"finetune_siglip.py": [], "run_task2.py": []}  # the lines of `tra
 # common.py's 1300 of the design do not hold what the design puts there; see the sections it lists. run_task2.py has
 # four networks and four modes, the challenge's among them; prepare_ct.py feeds two tasks.
 SIZES = {"common.py": 2100, "evaluate.py": 700, "report.py": 700, "prepare_ct.py": 800, "demo_data.py": 600}
-SIZES |= {"run_task2.py": 1700}
+SIZES |= {"run_task2.py": 1800}
 
 
 def definitions(source: str) -> dict[str, str]:

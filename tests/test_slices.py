@@ -270,6 +270,10 @@ def test_labels_are_found_in_a_ct_rate_folder(tree):  # noqa: F811
         prepare(*words, "--out", tree / "c")
     assert prepare(*words, "--out", tree / "c", "--unlabelled", "keep") == 0
     assert not (tree / "c" / "multi_abnormality_labels.csv").exists()
+    named = labels.iloc[1:].assign(split="train").assign(split=lambda t: ["train"] * 2 + ["valid"] * 2)
+    named.to_csv(top, index=False)  # a volume without a row has its split in its name
+    assert prepare(*words, "--out", tree / "e", "--unlabelled", "keep") == 0
+    assert read(tree / "e" / "splits" / "train_slices.csv")["volume_name"].nunique() == 3
     own = labels[["VolumeName"]].assign(COVID="1", Other="0")  # another label set
     own.to_csv(top, index=False)
     assert prepare(*words, "--out", tree / "d") == 0
