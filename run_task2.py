@@ -548,11 +548,11 @@ def warp_nearest(levels: torch.Tensor, theta, gain) -> torch.Tensor:
     draws = zip(levels.numpy(), theta.tolist(), gain.tolist(), strict=True)
     for i, (image, ((a, b, c), (d, e, f)), (contrast, brightness)) in enumerate(draws):
         matrix = a, b * w / h, (1 + c - a - b) * w / 2, d * h / w, e, (1 + f - d - e) * h / 2  # of pixels
-        layers = [Image.fromarray(x).transform((w, h), Image.Transform.AFFINE, matrix) for x in image]
-        mean = sum(np.dot(x.histogram(), np.arange(256)) for x in layers) / image.size
-        table = ((np.arange(256) - mean) * (contrast * brightness) + mean * brightness).clip(0, 255).round().tolist()
-        for channel, x in enumerate(layers):
-            out[i, channel] = np.asarray(x.point(table))
+        turned = [np.asarray(Image.fromarray(x).transform((w, h), Image.Transform.AFFINE, matrix)) for x in image]
+        mean = sum(int(x.sum(dtype=np.uint32)) for x in turned) / image.size
+        table = ((np.arange(256) - mean) * (contrast * brightness) + mean * brightness).clip(0, 255).round()
+        for channel, x in enumerate(turned):
+            np.take(table.astype(np.uint8), x, out=out[i, channel], mode="clip")
     return torch.from_numpy(out)
 
 
