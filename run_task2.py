@@ -1487,6 +1487,8 @@ def load_model(args, ctx):
     own = ("data_dir", "slice_dir", "output_dir", "threshold", "split", "batch_size", "eval_batch_size", "num_workers")
     own += ("amp", "on_bad_sample", "aggregate", "top_slices")
     model_args = args_from_checkpoint(saved, **{k: getattr(args, k) for k in own})
+    if any(getattr(model_args, k) != saved["args"][k] for k in ("aggregate", "top_slices")):
+        saved |= {"thresholds": None, "crg_thresholds": None}  # those were fitted to other probabilities
     if ctx.master:
         print(f"checkpoint: {path} ({model_args.model}, {len(saved['class_names'])} labels), on {ctx}")
     return path, saved, model_args, build_eval_model(saved, model_args, ctx.device)

@@ -201,6 +201,7 @@ def test_what_a_checkpoint_fixes_is_not_ignored(trained, tiny_slices, tmp_path, 
         results["aggregate"] == "max"
         and results["auroc_macro"] == results["volumes_by_aggregate"]["max"]["auroc_macro"]
     )
+    assert results["thresholds_source"] == "0.5 (default)"  # the checkpoint's belong to the mean
     assert call(*words, "--aggregate", "topk", "--top-slices", 2) == 0
     for more, message in (
         (["--aggregate", "mil"], "--aggregate mil: the checkpoint was trained with mean"),
