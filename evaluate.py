@@ -203,7 +203,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         chosen = "the model" if args.threshold is not None else "the model and its thresholds"
         notes.append(
             f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
-            "of new patients (--split or --csv for cases that training has not seen)"
+            "of new patients (--split, --csv or --slice-dir for cases that training has not seen)"
         )
     elif same_data and task_args.split == "train":
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
