@@ -556,6 +556,19 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(value % 2**63)
 
 
+# ==== Frozen and recomputed parts ==============================================================================
+
+
+def rest_frozen(model: nn.Module) -> None:
+    """Put the parts of a model whose parameters are all frozen in evaluation mode."""
+    for module in model.children():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+        else:
+            rest_frozen(module)
+
+
 def checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """module(x), recomputed in the backward pass to save memory; batch-norm statistics move once, not twice.
 
@@ -1398,7 +1411,7 @@ def chest_range(array: np.ndarray) -> tuple[int, int]:
     """First and last slice (inclusive) of the chest in (D, H, W) int16 HU: the longest run of slices with structure.
 
     A slice scores its standard deviation times its pixels above the 10th percentile; the upper 70 % count, and gaps of
-    up to 5 slices are bridged (mehreen019/vlm3d-task-2, 2d_slice_extractor.py). On every fourth row and column.
+    up to 5 slices are bridged (mehreen019/vlm3d-task-2, 2d_slice_extractor.py). On about 128 x 128 pixels of a slice.
     """
     thin = np.clip(array[:, :: max(1, array.shape[1] // 128), :: max(1, array.shape[2] // 128)], AIR, 400)
     thin = thin.reshape(len(thin), -1).astype(np.float32)  # (D, P)

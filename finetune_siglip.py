@@ -5,7 +5,8 @@ Model    a SigLIP / SigLIP 2 / MedSigLIP ViT over slices (2.5-D), pooled for eac
 Papers   SigLIP arXiv 2303.15343, SigLIP 2 arXiv 2502.14786, Merlin arXiv 2406.06512, CT-RATE arXiv 2403.17834
 Data     CSV with series_id, split (train / val), img_path and one 0/1 column per label (empty or -1 = unknown);
          volumes .npz (`image`, (C, D, H, W)), .npy (the cache of prepare_ct.py), .nii.gz or .mha
-Weights  --pretrained file, Hugging Face folder or hub id; 'none' with --arch for random weights
+Weights  --pretrained file, Hugging Face folder or hub id; 'none' with --arch for random weights. The size of a slice
+         is that of the weights, the windows are lung, mediastinum and bone, unless flags say otherwise
 CPU      python demo_data.py ct --out demo --n 60
          python finetune_siglip.py --csv demo/ct/all_ct_wlabels.csv --pretrained none --arch siglip-tiny --epochs 2
 1 GPU    python finetune_siglip.py --csv all_ct_wlabels.csv --pretrained medsiglip/ --amp --use-ema --grad-checkpointing
@@ -528,10 +529,7 @@ class CTClassifier(nn.Module):
     def train(self, mode: bool = True):
         """Frozen parts keep their batch-norm statistics and use no dropout."""
         super().train(mode)
-        for module in self.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.train(False) if module is not self else None
+        common.rest_frozen(self)
         return self
 
     def to_channels(self, volume, theta=None, gain=None):

@@ -835,10 +835,7 @@ class SliceClassifier(nn.Module):
     def train(self, mode: bool = True):
         """Frozen parts keep their batch-norm statistics and use no dropout."""
         super().train(mode)
-        for module in self.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.train(False) if module is not self else None
+        common.rest_frozen(self)
         return self
 
     def to_input(self, image, theta=None, gain=None):
