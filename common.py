@@ -39,6 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from isal import igzip, isal_zlib
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -152,31 +154,38 @@ def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     return _Gather.apply(x) if _rank_and_world()[1] > 1 else x
 
 
-def clip_loss(image_features, text_features, logit_scale) -> torch.Tensor:
+def clip_loss(image_features, text_features, logit_scale, ids=None) -> torch.Tensor:
     """Symmetric InfoNCE over the batch of all ranks (Radford et al. 2021, figure 3) -> scalar.
 
     image_features, text_features: (b, E) L2-normalised, row i of one belongs to row i of the other; logit_scale: scalar
-    tensor, the multiplier itself. Each rank scores its own rows against all columns, memory O(b * world * b): the mean
+    tensor, the multiplier itself; ids: (b,) int64, rows of equal id (the same report twice) belong together as well and
+    share the target evenly. Each rank scores its own rows against all columns, memory O(b * world * b): the mean
     of the ranks' values is the global loss, the mean of their gradients (what DDP takes) is its gradient.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text, scale = _float32(image_features), _float32(text_features), _float32(logit_scale)
         match = torch.arange(len(image), device=image.device) + _rank_and_world()[0] * len(image)
+        if ids is not None:
+            same = ids[:, None] == gather_with_grad(ids)  # (b, world * b)
+            match = same.to(image.dtype) / same.sum(1, keepdim=True)
         image_logits = scale * image @ gather_with_grad(text).T  # (b, world * b)
         text_logits = scale * text @ gather_with_grad(image).T  # (b, world * b)
         return (F.cross_entropy(image_logits, match) + F.cross_entropy(text_logits, match)) / 2
 
 
-def siglip_loss(image_features, text_features, logit_scale, logit_bias, block: int = 64) -> torch.Tensor:
+def siglip_loss(image_features, text_features, logit_scale, logit_bias, ids=None, block: int = 64) -> torch.Tensor:
     """Sigmoid loss over all pairs of the global batch (Zhai et al. 2023, algorithm 1) -> scalar.
 
-    Arguments and the meaning over ranks as in `clip_loss`; logit_bias: scalar tensor, added after scaling. The logits
-    exist only `block` rows at a time, in both directions; what is kept for backward is the features.
+    Arguments and the meaning over ranks as in `clip_loss`, all rows of equal id being positives; logit_bias: scalar
+    tensor, added after scaling. The logits exist only `block` rows at a time, in both directions; what is kept for
+    backward is the features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = _float32(image_features), gather_with_grad(_float32(text_features))
-        first = _rank_and_world()[0] * len(image)
-        return _SigmoidLoss.apply(image, text, _float32(logit_scale), _float32(logit_bias), first, block)
+        if ids is None:
+            ids = torch.arange(len(image), device=image.device) + _rank_and_world()[0] * len(image)
+        scale, bias = _float32(logit_scale), _float32(logit_bias)
+        return _SigmoidLoss.apply(image, text, scale, bias, ids, gather_with_grad(ids), block)
 
 
 def _float32(x: torch.Tensor) -> torch.Tensor:
@@ -220,23 +229,23 @@ class _Gather(torch.autograd.Function):
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """image (b, E), text (N, E); the match of image row i is text row first + i. Autograd would keep b * N logits."""
+    """image (b, E), text (N, E), ids (b,), text_ids (N,): equal ids match. Autograd would keep b * N logits."""
 
     @staticmethod
-    def forward(ctx, image, text, scale, bias, first, block):
-        ctx.save_for_backward(image, text, scale, bias)
-        ctx.first, ctx.block = first, block
+    def forward(ctx, image, text, scale, bias, ids, text_ids, block):
+        ctx.save_for_backward(image, text, scale, bias, ids, text_ids)
+        ctx.block = block
         loss = image.new_zeros(())
         for start in range(0, len(image), block):
             logits = scale * (image[start : start + block] @ text.T) + bias  # (block, N)
-            logits.diagonal(first + start).neg_()  # -z * logits, with z = +1 for the match and -1 for all others
-            loss -= F.logsigmoid(-logits).sum()
+            match = ids[start : start + block, None] == text_ids
+            loss -= F.logsigmoid(torch.where(match, logits, -logits)).sum()  # z = +1 for a match and -1 for others
         return loss / len(image)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        image, text, scale, bias = ctx.saved_tensors
+        image, text, scale, bias, ids, text_ids = ctx.saved_tensors
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
         grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
         with torch.autocast(image.device.type, enabled=False):
@@ -244,15 +253,14 @@ class _SigmoidLoss(torch.autograd.Function):
                 rows = image[start : start + ctx.block]
                 similarity = rows @ text.T  # (block, N)
                 logits = scale * similarity + bias
-                logits.diagonal(ctx.first + start).neg_()
-                slope = torch.sigmoid(logits)
-                slope.diagonal(ctx.first + start).neg_()  # d loss / d logits, times b
+                match = ids[start : start + ctx.block, None] == text_ids
+                slope = torch.where(match, -torch.sigmoid(-logits), torch.sigmoid(logits))  # d loss / d logits, times b
                 slope *= grad / len(image)
                 grad_image[start : start + ctx.block] = scale * (slope @ text)
                 grad_text += scale * (slope.T @ rows)
                 grad_scale += (slope * similarity).sum()
                 grad_bias += slope.sum()
-        return grad_image, grad_text, grad_scale, grad_bias, None, None
+        return grad_image, grad_text, grad_scale, grad_bias, None, None, None
 
 
 # ==== Metrics ==================================================================================================
@@ -545,6 +553,101 @@ def _ratio(a, b, empty=np.nan):
         return np.where(np.asarray(b) == 0, empty, np.divide(a, b))
 
 
+# Retrieval. Features are L2-normalised, a score is their cosine. Scores within SAME_SCORE, the noise of float32, are
+# equal, and equal ones count as if in random order: features that are all the same get the chance level, not 0 or 1.
+SAME_SCORE = 1e-6
+
+
+def retrieval_ranks(queries, gallery, query_ids=None, gallery_ids=None, chunk: int = 512) -> dict[str, np.ndarray]:
+    """Rank, from 1, of the best right answer to each query.
+
+    queries: (n, E), gallery: (m, E); what has the id of the query is right (default: the row number), so several may
+    be. -> arrays (n,) float64: `rank`, its mean over the orders of equal scores; `best` and `worst`, the first and the
+    last it can be (for the best right answer; another right one with the same score is no obstacle); `tied`, the right
+    answers of that score; `right`, all right ones. All NaN but the last where there is none. Memory: O(chunk * m).
+    """
+    queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
+    wanted, held = _codes(
+        np.arange(len(queries)) if query_ids is None else query_ids,
+        np.arange(len(gallery)) if gallery_ids is None else gallery_ids,
+    )
+    counts = np.empty((4, len(queries)))
+    for some in (slice(i, i + chunk) for i in range(0, len(queries), chunk)):
+        scores = queries[some] @ gallery.T  # (c, m)
+        right = wanted[some, None] == held
+        top = scores.max(axis=1, initial=-np.inf, where=right)[:, None]
+        above = scores > top + SAME_SCORE
+        tied = (scores >= top - SAME_SCORE) & ~above
+        counts[:, some] = above.sum(1), (tied & ~right).sum(1), (tied & right).sum(1), right.sum(1)
+    above, wrong, tied, right = counts
+    above[right == 0] = np.nan
+    ranks = {"rank": above + 1 + wrong / (tied + 1), "best": above + 1, "worst": above + 1 + wrong}
+    return ranks | {"tied": np.where(right, tied, np.nan), "right": right}
+
+
+def recall_at_k(ranks: dict[str, np.ndarray], ks) -> np.ndarray:
+    """(n, len(ks)): chance that a right answer is among the first k: 0 or 1, or between where equal scores decide.
+
+    ranks: of `retrieval_ranks`. The mean over the queries is R@k.
+    """
+    total = ranks["worst"] - ranks["best"] + ranks["tied"]  # right and wrong answers of the same score
+    return np.stack([hit_chance(ranks["tied"], total, k + 1 - ranks["best"]) for k in ks], 1)
+
+
+def hit_chance(right, total, k) -> np.ndarray:
+    """Probability that k of `total` things, drawn without return, hold at least one of `right`; arrays or numbers."""
+    right, total, k = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (right, total, k)))
+    k, wrong = np.clip(k, 0, total), total - right
+    log = [torch.lgamma(torch.as_tensor(np.maximum(x, 0) + 1)).numpy() for x in (wrong, total - k, wrong - k, total)]
+    return np.where(k > wrong, 1.0, 1 - np.exp(log[0] + log[1] - log[2] - log[3]))
+
+
+def overlap_at_k(
+    queries, gallery, query_labels, gallery_labels, ks, query_groups=None, gallery_groups=None, chunk: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean label overlap of each query with the k nearest of the gallery: (n, len(ks)); with all of it: (n,).
+
+    The overlap of two cases: labels that both have / labels that one or both have, of those known in both; 0 where
+    there are none. labels: (n, K) and (m, K) of 0, 1, NaN; groups: what is of the query's own group (patient) is not
+    in its gallery; a query without a gallery is NaN. Of equal scores at the k-th place, the mean counts. The second
+    array is what random order gives, for any k. Memory: O(chunk * m).
+    The mean over queries is what CT-CLIP calls MAP@k (its scripts/volume_to_volume*.py; no average precision).
+    """
+    queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
+    (has, known), (its, its_known) = (
+        ((y == 1).astype(np.float64), (y >= 0).astype(np.float64))
+        for y in (np.asarray(query_labels, np.float64), np.asarray(gallery_labels, np.float64))
+    )
+    groups = None if query_groups is None else _codes(query_groups, gallery_groups)
+    values, chance = np.full((len(queries), len(ks)), np.nan), np.full(len(queries), np.nan)
+    deepest = min(max(ks), len(gallery))
+    for some in (np.arange(i, min(i + chunk, len(queries))) for i in range(0, len(queries), chunk)):
+        scores = queries[some] @ gallery.T  # (c, m)
+        both = has[some] @ its.T
+        overlap = both / np.maximum(has[some] @ its_known.T + known[some] @ its.T - both, 1)
+        n = np.full(len(some), len(gallery))
+        if groups is not None:
+            own = groups[0][some, None] == groups[1]
+            scores[own], overlap[own] = -np.inf, 0
+            n -= own.sum(1)
+        chance[some] = _ratio(overlap.sum(1), n)
+        top = np.sort(np.partition(scores, len(gallery) - deepest, axis=1)[:, -deepest:], axis=1)[:, ::-1]
+        for j, k in enumerate(ks):
+            k = np.minimum(k, n)  # (c,)
+            last = top[np.arange(len(some)), np.maximum(k, 1) - 1][:, None]
+            above = scores > last + SAME_SCORE
+            tied = (scores >= last - SAME_SCORE) & ~above
+            found = (overlap * above).sum(1) + (k - above.sum(1)) * (overlap * tied).sum(1) / tied.sum(1)
+            values[some, j] = _ratio(found, k)
+    return values, chance
+
+
+def _codes(a, b) -> tuple[np.ndarray, np.ndarray]:
+    """Two lists of names as numbers: equal names, equal numbers."""
+    codes = pd.factorize(np.array([*a, *b], object))[0]
+    return codes[: len(a)], codes[len(a) :]
+
+
 # ==== Seeding ==================================================================================================
 
 
@@ -554,6 +657,17 @@ def seed_everything(*parts: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value % 2**63)
+
+
+def rng_state(device: torch.device) -> list[torch.Tensor]:
+    """State of the generators that dropout draws from, for `set_rng_state`: the same pass again, bit for bit."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_rng_state(state: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 # ==== Frozen and recomputed parts ==============================================================================
@@ -569,13 +683,13 @@ def rest_frozen(model: nn.Module) -> None:
             rest_frozen(module)
 
 
-def checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x), recomputed in the backward pass to save memory; batch-norm statistics move once, not twice.
+def checkpointed(module: nn.Module, *inputs) -> torch.Tensor:
+    """module(*inputs), recomputed in the backward pass to save memory; batch-norm statistics move once, not twice.
 
     Not in the reentrant form, which would give no gradient above a frozen stem.
     """
     contexts = lambda: (contextlib.nullcontext(), _still_statistics(module))  # noqa: E731
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
@@ -678,6 +792,50 @@ def process_group(device: str = "auto", timeout_minutes: float = 30):
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether each rank holds a part of some parameters (FSDP2)."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole(value):
+    """Nested values, with what is split over the ranks put together; then all ranks must call it."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    return type(value)(map(whole, value)) if isinstance(value, (list, tuple)) else value
+
+
+def load_state(part, state: dict) -> None:
+    """Load what `whole` made of the state of a model, optimizer or scaler; a rank takes its part of what is split."""
+
+    def like(value, own):
+        if not isinstance(own, DTensor) or not value.ndim:
+            return value
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+
+    if isinstance(part, nn.Module) and is_split(part):
+        own = part.state_dict()
+        state = {k: like(v, own[k]) for k, v in state.items()}
+    elif isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        moments = {i: {k: like(v, parameters[i]) for k, v in s.items()} for i, s in state["state"].items()}
+        state = {**state, "state": moments}
+    part.load_state_dict(state)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """torch's clip_grad_norm_, also of a model of which a part is split over the ranks -> the norm before."""
+    if not is_split(model):
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    moved = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in moved if isinstance(p, DTensor) == split] for split in (True, False)]
+    norm = torch.stack([whole(nn.utils.get_total_norm([p.grad for p in some])) for some in kinds]).norm()
+    for some in kinds:
+        nn.utils.clip_grads_with_norm_(some, max_norm, norm)
+    return norm
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -821,6 +979,7 @@ def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
         "class_names": list(args.label_columns),
         "thresholds": None,
         "metrics": {k: float(v) for k, v in metrics.items()},
+        "tokenizer": getattr(model, "tokenizer", None),  # of a model that reads reports, as JSON
         "versions": versions(),
     }
 
@@ -870,18 +1029,38 @@ def link_file(source: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)  # where both were the same file already, rename does nothing
 
 
+KEPT = 3  # numbered checkpoints of a run
+
+
 def save_last(path: Path, checkpoint: dict) -> None:
-    """Save the checkpoint a run continues from; the one before it stays as `*_previous`."""
+    """Save the checkpoint a run continues from.
+
+    A name with {step} makes one file a save, of which the newest three stay; else the one before stays as `*_previous`.
+    """
+    if "{step}" in path.name:
+        save_checkpoint(path.with_name(path.name.format(step=checkpoint["state"]["step"])), checkpoint)
+        for old in last_files(path)[KEPT:]:
+            old.unlink(missing_ok=True)
+        return
     if path.exists():
         link_file(path, previous_of(path))
     save_checkpoint(path, checkpoint)
 
 
+def last_files(path: Path) -> list[Path]:
+    """What a run could continue from, the newest first."""
+    if "{step}" in path.name:
+        name = re.compile(r"\d+".join(map(re.escape, path.name.split("{step}"))))
+        found = [p for p in path.parent.glob("*") if name.fullmatch(p.name)]
+        return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    return [p for p in (path, previous_of(path)) if p.exists()]
+
+
 def forget_run(last: Path, ctx: Context) -> None:
     """At a fresh start, with the folder locked: a run that was here before must not be what `--resume auto` finds."""
     if ctx.master:
-        last.unlink(missing_ok=True)
-        previous_of(last).unlink(missing_ok=True)
+        for path in last_files(last):
+            path.unlink(missing_ok=True)
     ctx.barrier()
 
 
@@ -892,32 +1071,34 @@ def previous_of(path: Path) -> Path:
 def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
     """The checkpoint that `--resume` means, or None for a fresh start; `args` then takes over what it fixes.
 
-    `auto` is OUTPUT_DIR/last if there is one, or the one before if that is damaged. Raises UserError for a path that
+    `auto` is the newest of OUTPUT_DIR/last, or the one before if that is damaged. Raises UserError for a path that
     does not exist, for a damaged file without predecessor, for a fresh start in a folder that holds a run, and if an
     argument in `fixed` or the global batch is not what the run began with.
     """
     path = args.output_dir / last
+    here = last_files(path)
     if not args.resume:
-        if path.exists() and not args.overwrite:
+        if here and not args.overwrite:
             raise UserError(f"{args.output_dir}: holds a run (--resume auto continues it, --overwrite starts anew)")
         return None
     if args.resume != "auto":
         saved = load_checkpoint(args.resume)
-        if path.exists() and Path(args.resume).resolve().parent != path.resolve().parent and not args.overwrite:
+        if here and Path(args.resume).resolve().parent != path.resolve().parent and not args.overwrite:
             raise UserError(
                 f"{args.output_dir}: holds another run than {args.resume} (continue that in another --output-dir; "
                 "--overwrite gives this one up)"
             )
-    elif not path.exists() and not previous_of(path).exists():
+    elif not here:
         return None
     else:
-        try:
-            saved = load_checkpoint(path)
-        except UserError as e:
-            if not previous_of(path).exists():
-                raise
-            print(f"warning: {e}; continuing from {previous_of(path)}", file=sys.stderr)
-            saved = load_checkpoint(previous_of(path))
+        for file, older in zip(here, [*here[1:], None], strict=True):
+            try:
+                saved = load_checkpoint(file)
+                break
+            except UserError as e:
+                if older is None:
+                    raise
+                print(f"warning: {e}; continuing from {older}", file=sys.stderr)
     if "state" not in saved:
         raise UserError(f"{args.resume}: holds a model but no run to continue (resume from {last})")
     now, then = plain_args(args), saved["args"]
@@ -956,6 +1137,8 @@ class TopK:
     def add(self, score: float, step: int, name: str, checkpoint: dict, master: bool) -> bool:
         """Enter a model; an undefined (NaN) score ranks below every number. Returns whether it is the new best."""
         entry = {"score": score, "step": step, "path": name}
+        if any(e["path"] == name and e["score"] > score for e in self.entries):
+            return False  # of two evaluations in one epoch, where the name has the epoch alone
         ranked = [e for e in self.entries if e["path"] != name] + [entry]
         ranked.sort(key=lambda e: (-math.inf if math.isnan(e["score"]) else e["score"], -e["step"]), reverse=True)
         self.entries[:] = ranked[: self.k]
@@ -1071,6 +1254,38 @@ def save_weights(path: Path, state: dict) -> None:
         write_atomic(path, safetensors.torch.save({k: v.cpu().contiguous() for k, v in state.items()}))
     else:
         write_atomic(path, lambda file: torch.save(to_cpu_copy(state), file))
+
+
+def load_tokenizer(source: Path) -> Tokenizer:
+    """BERT's WordPiece tokenizer from a vocab.txt, a tokenizer.json, or a folder with one of them.
+
+    Lower case unless the folder's tokenizer_config.json says otherwise, as in transformers. Raises UserError.
+    """
+    source = Path(source)
+    files = [source / "vocab.txt", source / "tokenizer.json"] if source.is_dir() else [source]
+    path = next((f for f in files if f.is_file()), None)
+    if path is None:
+        raise UserError(f"{source}: no vocabulary (a vocab.txt, a tokenizer.json, or a folder that holds one)")
+    try:
+        if path.suffix == ".json":
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return tokenizer
+        words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # U+2028 is a word, not a line's end
+        settings = path.with_name("tokenizer_config.json")
+        lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.is_file() else True
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a vocabulary ({str(e).splitlines()[0]})") from e
+    vocab = {word.rstrip("\r"): i for i, word in enumerate(words)}
+    missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in vocab]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0]} (a BERT vocabulary, one word a line, was expected)")
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return tokenizer
 
 
 def choose_thresholds(given: float | None, checkpoint: dict):
@@ -1202,6 +1417,7 @@ def read_volume(
     rescale: tuple[float, float] | None = None,
     spacing: tuple[float, float, float] | None = None,
     orientation: str = "SPL",
+    header_scaling: bool = True,
     max_voxels: int | None = None,
 ) -> Volume:
     """Read a CT volume; every format gives the same array for the same scan, bit for bit.
@@ -1217,6 +1433,7 @@ def read_volume(
         the file's own header, nor if the values are HU already (CT-RATE v2 files beside v1 metadata: CT-CLIP issue 50).
     spacing: (dz, dy, dx) mm, along S, P, L; instead of the file's.
     orientation: directions of the axes of the result.
+    header_scaling: whether a NIfTI header's scl_slope and scl_inter are applied.
     max_voxels: cap on what the header may claim, by default MAX_VOXELS; checked before memory is allocated.
 
     Raises UserError, in one line, on a missing, damaged or foreign file, a shape or type that is no volume, NaN, or
@@ -1232,6 +1449,7 @@ def read_volume(
             array, axes, found = _read_mha(path, cap, notes)
         elif kind.startswith(".nii"):
             array, axes, found, scaling = _read_nifti(path, cap, notes)
+            scaling = scaling if header_scaling else (1.0, 0.0)
         else:
             array, found = _read_npz(path, cap) if kind == ".npz" else (_map_npy(path, cap), None)
             array, axes = _first_channel(array, layout, notes)
@@ -1719,6 +1937,229 @@ def _to_int16(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return result
 
 
+# ---- CT-CLIP: the input of its image tower, and the tables of CT-RATE
+
+CTCLIP_SIZE, CTCLIP_SPACING = (240, 480, 480), (1.5, 0.75, 0.75)  # voxels, mm, along S, L, P: the input of CT-CLIP v2
+HUB_FOLDERS = {"reports": "radiology_text_reports", "metadata": "metadata", "labels": "multi_abnormality_labels"}
+
+
+def ctclip_volume(
+    path: Path,
+    size: tuple[int, int, int] = CTCLIP_SIZE,
+    hu_source: str = "auto",
+    rescale: tuple[float, float] | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    max_voxels: int | None = None,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A CT as CT-CLIP v2 sees it: (D, H, W) = `size` float32 HU in [-1000, 1000], toward S, L, P; and reading notes.
+
+    A cached volume of that size stays the int16 memory map that it is.
+
+    The steps of CT-CLIP's data_inference_nii.py in its order: clip to [-1000, 1000], trilinear resize
+    (align_corners=False) to int(n * spacing / target) voxels, centre crop or air around it. Its array axes x, y are
+    L, P in CT-RATE; here the affine says so. HU are whole numbers on reading (`read_volume`), as they are in CT-RATE.
+    A .npy is taken as a volume of `prepare_ct.py ctclip`, in which all this is done.
+
+    size: CTCLIP_SIZE or less by whole factors: means of the blocks of voxels that the factors make.
+    hu_source: "auto": `rescale` is applied unless the values are HU already; "csv": it is applied without question;
+        "header": only the file's own scaling; "none": the values are HU as stored.
+    rescale, spacing, max_voxels: as in `read_volume`. `spacing` is needed if the file has none.
+
+    Raises UserError as `read_volume` does, and for a volume without tissue: CT-RATE v2 holds HU, and with an
+    intercept of -8192 (850 volumes of its metadata) it becomes constant air (CT-CLIP issue 50).
+    """
+    path, cached = Path(path), Path(path).suffix == ".npy"
+    if hu_source not in ("auto", "csv", "header", "none"):
+        raise UserError(f"--hu-source '{hu_source}' is not known (auto, csv, header or none)")
+    if hu_source == "csv" and rescale is None and not cached:
+        raise UserError(f"{path}: no RescaleSlope and RescaleIntercept for --hu-source csv (give them by --metadata)")
+    volume = read_volume(
+        path, value_range={"auto": "auto", "csv": "stored"}.get(hu_source, "hu"), header_scaling=hu_source != "none",
+        rescale=rescale if hu_source in ("auto", "csv") else None, spacing=spacing, max_voxels=max_voxels,
+    )  # fmt: skip
+    grid = volume.array.shape if cached else CTCLIP_SIZE
+    if len(size) != 3 or any(n < 1 or whole % n for n, whole in zip(size, grid, strict=True)):
+        raise UserError(f"{path}: size {tuple(size)} does not divide {grid} by whole numbers")
+    if cached:
+        if grid == tuple(size):
+            return volume.array, volume.notes
+        blocks = [k for n, n_grid in zip(size, grid, strict=True) for k in (n, n_grid // n)]
+        return volume.array.reshape(blocks).mean((1, 3, 5), dtype=np.float32), volume.notes
+    if volume.spacing is None:
+        raise UserError(f"{path}: no spacing known (give XYSpacing and ZSpacing by --metadata)")
+    _refuse_no_tissue(path, volume, rescale)
+    array = np.clip(volume.array, AIR, -AIR) - np.int16(AIR)  # air is 0, so that what lies outside adds nothing
+    z, y, x = (
+        _resize_taps(array.shape[a], (spacing or volume.spacing)[a], CTCLIP_SPACING[b], grid[b], size[b], not spacing)
+        for a, b in ((0, 0), (1, 2), (2, 1))
+    )
+    result = np.zeros(size, np.float32)
+    for target, rows, weights in zip(result, *z, strict=True):
+        if weights.any():
+            plane = sum(array[i] * w for i, w in zip(rows, weights, strict=True) if w)  # (P, L)
+            target[:] = _blend(_blend(plane, *y).T, *x)  # (L, P)
+    result.clip(0, -2 * AIR, out=result)  # the weights sum to 1 but for rounding
+    result += AIR
+    return result, volume.notes
+
+
+def _resize_taps(n: int, spacing: float, target: float, grid: int, size: int, rounded: bool):
+    """Resize, crop or pad, and block mean along one axis -> source rows (size, K) int and weights (size, K) float32.
+
+    Positions are those of F.interpolate(mode="linear", align_corners=False); outside of the scan all weights are 0.
+    rounded: the spacing is right to 1e-6 mm only, which must not cost a voxel.
+    """
+    resized = max(1, int(n * (spacing / target) + (1e-3 if rounded else 0)))
+    place = np.arange(grid) + ((resized - grid) // 2 if resized >= grid else -((grid - resized) // 2))
+    source = ((place + 0.5) * (n / resized) - 0.5).clip(0, n - 1)
+    low = np.floor(source).astype(int)
+    weight = np.stack([1 - (source - low), source - low], -1) * ((place >= 0) & (place < resized))[:, None]
+    rows = np.stack([low, np.minimum(low + 1, n - 1)], -1)
+    return rows.reshape(size, -1), (weight.reshape(size, -1) * (size / grid)).astype(np.float32)
+
+
+def _blend(plane: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n, m) -> (size, m): weighted sums of K rows each; `rows` and `weights` are (size, K)."""
+    return sum(plane[i] * w[:, None] for i, w in zip(rows.T, weights.T, strict=True))
+
+
+def _refuse_no_tissue(path: Path, volume: Volume, rescale) -> None:
+    sample = volume.array[:, ::4, ::4]
+    if np.mean((sample > -950) & (sample < 950)) < 0.01:
+        what = "air" if np.median(sample) < 0 else "bone"
+        raise UserError(
+            f"{path}: constant {what}: hardly a voxel lies between -950 and 950 HU; RescaleSlope and RescaleIntercept "
+            f"of the metadata: {rescale} (CT-RATE v2 holds HU already, v1 needs them: see --hu-source)"
+        )
+
+
+def find_volumes(folder: Path) -> dict[str, Path]:
+    """NIfTI and MetaImage files below `folder` by name without extension, sorted."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if is_scan(p))
+    found = {}
+    for path in files:
+        other = found.setdefault(volume_name(path.name), path)
+        if other != path:
+            raise UserError(f"{path}: the same volume name as {other} (names must differ)")
+    if not found:
+        raise UserError(f"{folder}: no {', '.join(SCAN_SUFFIXES)} in it or below it")
+    return found
+
+
+def ctclip_cases(
+    folder: Path, reports=None, metadata=None, labels=None, label_columns=CT_RATE_LABELS, hu_source: str = "auto"
+) -> tuple[pd.DataFrame, Path]:
+    """The volumes of a folder with their texts and labels, sorted by name; and the CSV that they come from.
+
+    folder: what `prepare_ct.py ctclip` wrote (it holds volumes.csv), or a CT-RATE tree with scans at any depth.
+    reports (VolumeName, Findings_EN, Impressions_EN), metadata (VolumeName, RescaleSlope, RescaleIntercept[, XYSpacing,
+        ZSpacing]), labels (VolumeName and `label_columns`): CSV files of a tree, also by their names in the folders of
+        the hub. None: those found there (`folder`/../radiology_text_reports/*reports*.csv ...), or in `folder` itself
+        (reports.csv, metadata.csv, labels.csv). Metadata and labels may be absent.
+
+    -> columns, all text: series_id, patient_id, img_path (absolute), findings, impression ('' if there is none),
+    `label_columns` ('0', '1', '' for unknown), and what `volume_options` reads: RescaleSlope, RescaleIntercept,
+    spacing_z, spacing_y, spacing_x ('' if there is no metadata).
+    Raises UserError if there are no volumes or no reports, a table lacks a column or has nothing on these volumes, a
+    name stands twice, or a volume has no slope and intercept with `hu_source` "csv".
+    """
+    folder, columns = Path(folder), list(label_columns)
+    csv = folder if folder.suffix == ".csv" else folder / "volumes.csv"
+    if csv.is_file():
+        return _cached_cases(csv, columns, [*(reports or ()), *(metadata or ()), *(labels or ())]), csv
+    try:
+        found = find_volumes(folder)
+    except UserError as e:
+        raise UserError(f"0 volumes: {csv}: no such file; {e}") from e
+    files = {k: _hub_files(folder, g, k) for k, g in zip(HUB_FOLDERS, (reports, metadata, labels), strict=True)}
+    if not files["reports"]:
+        hub = f"{HUB_FOLDERS['reports']}/*reports*.csv"
+        raise UserError(
+            f"{folder}: no reports: no {folder / 'reports.csv'}, {folder / hub}, {folder.parent / hub} "
+            "(name the CSV with --reports)"
+        )
+    of_reports = _rows_of(files["reports"], ["Findings_EN", "Impressions_EN"], found)
+    of_metadata = _rows_of(files["metadata"], RESCALE_COLUMNS, found)
+    of_labels = _rows_of(files["labels"] if columns else [], columns, found, is_labels=True)
+    rows = []
+    for name, path in found.items():
+        report, scan, truth = (of.get(name, {}) for of in (of_reports, of_metadata, of_labels))
+        texts = [report.get(c, "").strip() for c in ("Findings_EN", "Impressions_EN")]
+        findings, impression = ("" if t == "Not given." else t for t in texts)
+        options = metadata_options(of_metadata, name, files["metadata"][0]) if scan else {}
+        if hu_source == "csv" and "rescale" not in options:
+            raise UserError(f"{path}: --hu-source csv, and no metadata has its RescaleSlope and RescaleIntercept")
+        given = [row["patient_id"].strip() for row in (report, scan, truth) if row.get("patient_id", "").strip()]
+        numbers = [*options.get("rescale", [""] * 2), *options.get("spacing", [""] * 3)]
+        rows.append({
+            "series_id": name, "patient_id": (given or [group_of(name)])[0], "img_path": str(path.absolute()),
+            "findings": findings, "impression": impression, **{c: truth.get(c, "") for c in columns},
+            **dict(zip((*RESCALE_COLUMNS, *SPACING_COLUMNS), map(str, numbers), strict=True)),
+        })  # fmt: skip
+    return pd.DataFrame(rows).sort_values("series_id", ignore_index=True), files["reports"][0]
+
+
+def _cached_cases(csv: Path, columns: list[str], tables: list) -> pd.DataFrame:
+    """The table of `prepare_ct.py ctclip`, with absolute paths and the texts as they were before `write_csv`."""
+    if tables:
+        raise UserError(f"{tables[0]}: not used, {csv} has the texts and labels of its volumes already (leave it away)")
+    table = read_table(csv)
+    need_columns(table, ["series_id", "img_path", "findings", "impression"], csv)
+    twice = table["series_id"][table["series_id"].duplicated()]
+    if len(twice):
+        raise UserError(f"{csv}: {twice.iloc[0]} has two rows (delete one)")
+    if "patient_id" not in table:
+        table.insert(1, "patient_id", table["series_id"].map(group_of))
+    table["img_path"] = [str((csv.parent / path).absolute()) for path in table["img_path"]]
+    for column in ("findings", "impression"):
+        table[column] = table[column].str.replace(r"^'(?=[=+\-@\t\r])", "", regex=True)
+    if set(columns) & set(table.columns):
+        table[columns] = _label_text(table, columns, csv)
+    else:
+        table[columns] = ""
+    return table.sort_values("series_id", ignore_index=True)
+
+
+def _label_text(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
+    """Label cells in any spelling -> (n, K) '0', '1', or '' for unknown."""
+    values = label_array(table, columns, path)
+    return np.where(np.isnan(values), "", np.where(values == 1, "1", "0"))
+
+
+def _hub_files(folder: Path, given, kind: str) -> list[Path]:
+    """CSV files of one kind: those given, as paths or by their names in the hub's folders, or those that are there."""
+    places = [folder, folder / HUB_FOLDERS[kind], folder.parent / HUB_FOLDERS[kind]]
+    if given is None:
+        patterns = [f"{kind}.csv", f"*{kind}*.csv", f"*{kind}*.csv"]
+        found = (sorted(place.glob(pattern)) for place, pattern in zip(places, patterns, strict=True))
+        return next((files for files in found if files), [])
+    files = []
+    for path in given:
+        tried = [Path(path), *(place / path for place in places)]
+        files += [p for p in tried if p.is_file()][:1]
+        if not any(p.is_file() for p in tried):
+            raise UserError(f"--{kind}: no such file as {', '.join(map(str, tried))}")
+    return files
+
+
+def _rows_of(files: list[Path], columns, found: dict[str, Path], is_labels: bool = False) -> dict[str, dict]:
+    """Rows of several CSV files by volume; a UserError if a volume has two, or none of `found` has one."""
+    rows = {}
+    for file in files:
+        more = rows_by_name(file, columns)
+        if more.keys() & rows.keys():
+            raise UserError(f"{file}: {min(more.keys() & rows.keys())} has a row in another file too (delete one)")
+        if is_labels:
+            for row, values in zip(more.values(), _label_text(pd.DataFrame(more.values()), columns, file), strict=True):
+                row |= dict(zip(columns, values, strict=True))
+        rows |= more
+    if files and not rows.keys() & found.keys():
+        raise UserError(f"{files[0]}: has no row for any of {len(found)} volumes, such as {next(iter(found))}")
+    return rows
+
+
 # ==== Run log ==================================================================================================
 
 
@@ -1927,19 +2368,19 @@ def clock(seconds: float) -> str:
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
-    """Parse `argv`, with defaults from the YAML or INI file of `--config`: the command line wins.
+    """Parse `argv`, with defaults from the YAML or INI files of `--config`: later ones win, the command line over all.
 
     Keys are flag names, with - or _; sections of an INI file and nested YAML maps only group them. An unknown key, or a
     value the flag would refuse, raises UserError.
     """
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    probe.add_argument("--config")
-    path = probe.parse_known_args(argv)[0].config
-    if path is None:
+    probe.add_argument("--config", nargs="+")
+    paths = probe.parse_known_args(argv)[0].config
+    if paths is None:
         return parser.parse_args(argv)
     flags = {o.lstrip("-").replace("-", "_"): action for action in parser._actions for o in action.option_strings}
     words = []
-    for key, value in _read_config(Path(path)):
+    for path, key, value in [(file, *leaf) for file in paths for leaf in _read_config(Path(file))]:
         action = flags.get(key.replace("-", "_"))
         if action is None:
             near = difflib.get_close_matches(key.replace("-", "_"), flags, 1, 0.5)
@@ -2011,6 +2452,7 @@ def data_loader(dataset, batches, args, ctx: Context) -> DataLoader:
         num_workers=args.num_workers,
         worker_init_fn=outlive_signals,
         timeout=60 * args.timeout_minutes if args.num_workers else 0,
+        collate_fn=getattr(dataset, "collate", None),
         pin_memory=ctx.device.type == "cuda",
     )
 
@@ -2021,11 +2463,12 @@ def check_positive(args) -> None:
     for name in [*names, "early_stopping_patience", "max_bad_steps"]:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("num_workers", "eval_batch_size", "warmup", "max_steps"):
+    for name in ("num_workers", "eval_batch_size", "eval_every", "warmup", "max_steps"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
-    if not 0 <= args.dropout_rate < 1:
-        raise UserError("--dropout-rate must be at least 0 and below 1")
+    for name in {"dropout_rate", "text_dropout"} & vars(args).keys():
+        if not 0 <= (getattr(args, name) or 0) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
     if args.max_grad_norm <= 0:
         raise UserError("--max-grad-norm must be positive (inf: no clipping)")
 

@@ -1,6 +1,7 @@
 """Synthetic data in the real file formats, so that every command of the README runs with no data at hand.
 
-    python demo_data.py ct --out demo --n 500        # chest CT, 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv
+    python demo_data.py ct --out demo --n 500        # chest CT, 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv,
+                                                     # the CT-RATE tree demo/dataset, WordPieces demo/vocab.txt
 
 Every volume is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are stylised;
 they test code and teach formats, they say nothing about patients.
@@ -9,6 +10,8 @@ they test code and teach formats, they say nothing about patients.
 import argparse
 import gzip
 import os
+import re
+import string
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -461,6 +464,8 @@ def draw_ct(seed, index, size=96, slices=24, labels=None):
 
 PRESENT = ["There is {}.", "{} is seen.", "{} is present.", "Findings consistent with {} are observed."]
 ABSENT = ["No {} was detected.", "There is no {}.", "{} is not observed."]
+NORMAL = "No abnormality was detected."
+PROMPTS = ["There is {}.", "There is no {}.", "{} is present.", "{} is not present."]  # of zero-shot in CT-CLIP
 
 
 def write_report(seed, index, labels):
@@ -474,7 +479,16 @@ def write_report(seed, index, labels):
         if value:
             impression.append(f"{name}.")
     rng.shuffle(findings)
-    return " ".join(findings), " ".join(impression) or "No abnormality was detected."
+    return " ".join(findings), " ".join(impression) or NORMAL
+
+
+def vocabulary():
+    """Lower-case WordPieces for BERT: the words of all reports and prompts, and pieces that spell any other."""
+    texts = " ".join([NORMAL, *PRESENT, *ABSENT, *PROMPTS, *CT_RATE_LABELS]).lower()
+    characters = string.ascii_lowercase + string.digits
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *characters]
+    pieces += [f"##{c}" for c in characters]
+    return pieces + sorted(set(re.findall(r"[a-z]+", texts)) - set(pieces))
 
 
 def series_of(index):
@@ -541,6 +555,7 @@ def make_ct(args):
     ]
     columns = ["series_id", "split", "img_path", "patient_id", *CT_RATE_LABELS]
     csv = args.out / "ct" / "all_ct_wlabels.csv"
+    (args.out / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary()))
     pd.DataFrame(table, columns=columns).to_csv(csv, index=False)
     if args.nifti:
         for hub, long in (("train", "train"), ("valid", "validation")):

@@ -3,16 +3,23 @@
     python evaluate.py --test-only outputs/demo/best_model.pth --output outputs/demo/eval
     python evaluate.py --test-only outputs/demo/best_model.pth --csv other.csv --split test --output other/eval
     python evaluate.py --predictions preds.csv --labels labels.csv --output eval/
+    python evaluate.py --checkpoint saves/best_model.pt --valid-data cache/valid --zero-shot --retrieval \\
+        --output results/
+    python evaluate.py --checkpoint saves/best_model.pt --config configs/ctclip.yaml --output results/results.json
     torchrun --nproc_per_node 4 evaluate.py --test-only best_model.pth --output eval/      # the same numbers, sooner
 
 A checkpoint brings its model, data, and per-label thresholds; options given here override its data. Two CSV files do
 the same for any other program: `id` and `{label}_prob` columns; `id` and label columns (0, 1; empty or -1 = unknown),
 with an optional `patient_id`. Every case counts: one that could not be read is listed, and makes the exit code 3.
+Of a model of images and reports (train_ctclip.py), also zero-shot labels from prompts, retrieval, features, and a
+linear probe: a logistic regression for each label on the frozen image features of the training data (CT-CLIP's LiPro).
 
 Writes into --output (or, where that ends in .json, to that file and its folder):
   predictions.csv  id, {label}_prob, {label}_pred; in the order of the data; no probability where a case failed to load
   labels.csv       id, patient_id, labels: with predictions.csv all that is needed to score again
   report.html      by report.py
+  --export-features FILE (where it says): npz of ids, patient_ids, class_names, image_features (n, E), text_features,
+                   targets (n, K); NaN where a case failed to load or has no report; no pickles
   results.json     all numbers, null = undefined (never 0):
     evaluated, evaluated_on   what was scored, on which cases: two phrases
     n, n_patients             cases (with the failed ones) and patients
@@ -25,6 +32,20 @@ Writes into --output (or, where that ends in .json, to that file and its folder)
                               0/0 in precision, recall and f1 is 0, as in scikit-learn (see positives and flagged)
     interval                  {method, level, n_resamples, seed}, or null with --no-bootstrap
     thresholds_source         where the thresholds come from; never from the scored cases
+    threshold_part            {share, seed, n, patients} of --threshold-part: cases left out of everything above and
+                              below, and of predictions.csv and labels.csv
+    retrieval                 of --retrieval: {report_to_volume, volume_to_report: {n, n_gallery, recall@K,
+                              median_rank}, volume_to_volume: {n, n_gallery, map@K}}, each number with _low, _high and
+                              _chance, K of 1, 5, 10, 50, 100 below n_gallery; null where there is no query.
+                              n: queries; an interval resamples their patients, the gallery stays.
+        report_to_volume      gallery: every volume; right are those with word for word the query's report
+        volume_to_report      gallery: every distinct report
+        volume_to_volume      map@K: the mean label overlap of a query with its K nearest (common.overlap_at_k), which
+                              CT-CLIP calls MAP@K; queries and gallery: volumes with a positive label; no volume of
+                              the query's own patient
+        as_published          {recall@K, map@K} counted as CT-CLIP's scripts do, to be compared with its paper: only
+                              the report's own volume is right; every volume is a query and finds itself first; map@K
+                              is the mean of the values for 1, 5, 10 and 50 up to K (the scripts keep one list)
     failed                    [{id, reason}]
     notes                     sentences a reader must know
     provenance                command, date, files and their sha256, versions, git commit
@@ -33,39 +54,56 @@ Writes into --output (or, where that ends in .json, to that file and its folder)
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import importlib
 import json
 import shlex
 import subprocess
 import sys
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from common import (
     UserError,
+    bootstrap_counts,
     bootstrap_intervals,
     choose_thresholds,
+    f1_thresholds,
     file_sha256,
+    hit_chance,
     json_safe,
     load_checkpoint,
+    log_loss,
     multilabel_metrics,
+    overlap_at_k,
     parse_with_config,
     prediction_table,
     process_group,
+    recall_at_k,
+    retrieval_ranks,
     run_main,
     versions,
     write_atomic,
     write_csv,
 )
-from report import number, people, read_scores, warnings_of, write_report
+from report import RETRIEVAL, number, people, read_scores, warnings_of, write_report
 
-TASKS = {"siglip": "finetune_siglip", "task2": "run_task2"}  # task in the checkpoint -> the script that trained it
+# task in the checkpoint -> the script that trained it
+TASKS = {"siglip": "finetune_siglip", "task2": "run_task2", "ctclip": "train_ctclip"}
+WITH_FEATURES = ("ctclip",)  # tasks whose `predict` gives features of images and texts
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
 # of a checkpoint's arguments
 OVERRIDES = ("csv", "slice_dir", "data_dir", "split", "data_root", "metadata", "batch_size", "num_workers")
+OVERRIDES += ("train_data", "valid_data", "reports", "labels", "hu_source", "zero_shot", "prompts")
 LEVEL = 0.95  # of the intervals
+KS = (1, 5, 10, 50, 100)  # of the retrieval
+PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the probe's regularisation to choose from
+PROBE_HELD_OUT = 0.25  # of the training patients: for that choice, and for the thresholds
 
 
 # ==== Arguments ================================================================================================
@@ -74,19 +112,37 @@ LEVEL = 0.95  # of the intervals
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--predictions", type=Path, help="CSV with id and {label}_prob columns, instead of a checkpoint")
-    group.add_argument("--labels", type=Path, help="CSV with id and label columns, for --predictions")
+    text = "CSV with id and label columns, for --predictions; other labels for a checkpoint of train_ctclip.py"
+    group.add_argument("--labels", type=Path, nargs="+", metavar="CSV", help=text)
     group.add_argument("--label-columns", nargs="+", metavar="NAME", help="labels of --labels to evaluate (all)")
     group.add_argument("--csv", type=Path, help="other data for the checkpoint, in the form its script reads")
     group.add_argument("--slice-dir", type=Path, help="other slices for a checkpoint of run_task2.py")
     group.add_argument("--data-dir", type=Path, help="folder of their labels")
     group.add_argument("--split", help="rows of the CSV to evaluate (what the script evaluates)")
     group.add_argument("--data-root", type=Path, help="folder img_path may not leave (as in training)")
-    group.add_argument("--metadata", type=Path, help="CSV of rescale slopes and intercepts (as in training)")
+    text = "CSV of rescale slopes and intercepts (as in training)"
+    group.add_argument("--metadata", type=Path, nargs="+", metavar="CSV", help=text)
+    group.add_argument("--valid-data", type=Path, help="other volumes: a cache of prepare_ct.py, or a CT-RATE folder")
+    group.add_argument("--train-data", type=Path, help="other training data, of --linear-probe and --split train")
+    group.add_argument("--reports", type=Path, nargs="+", metavar="CSV", help="reports of a CT-RATE folder")
+    text = "what turns stored values into HU: auto, csv, header or none (as in training)"
+    group.add_argument("--hu-source", choices=("auto", "csv", "header", "none"), help=text)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
-    group.add_argument(
-        "--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="confidence intervals over patients"
-    )
+    text = "share of the patients (0 to 0.9) to fit each label's threshold to, by F1; in no other number"
+    group.add_argument("--threshold-part", type=float, default=0.0, metavar="F", help=text)
+    text = "labels from prompts, also where the checkpoint has a classifier (as in training)"
+    group.add_argument("--zero-shot", action=argparse.BooleanOptionalAction, default=None, help=text)
+    text = "pairs of a present and an absent prompt with {} for the label, averaged (the checkpoint's); other prompts "
+    text += "than the checkpoint's imply --zero-shot"
+    group.add_argument("--prompts", nargs="+", metavar="TEXT", help=text)
+    text = "find volumes by reports, reports by volumes, and volumes by volumes"
+    group.add_argument("--retrieval", action="store_true", help=text)
+    text = "score a logistic regression on the frozen image features of the training data in place of the model"
+    group.add_argument("--linear-probe", action="store_true", help=text)
+    group.add_argument("--export-features", type=Path, metavar="NPZ", help="file for the features of the cases")
+    text = "confidence intervals over patients"
+    group.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help=text)
     group.add_argument("--n-bootstrap", "--n_bootstrap", type=int, default=1000, help="resamples of the intervals")
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--test-only", "--checkpoint", type=Path, metavar="CKPT", help="checkpoint to evaluate")
@@ -95,8 +151,9 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=int, help="cases per process and forward pass (as in training)")
     group.add_argument("--num-workers", type=int, help="data processes per rank (as in training)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N")
-    group.add_argument("--seed", type=int, default=0, help="seed of the resamples")
-    group.add_argument("--config", type=Path, help="YAML or INI file of defaults, also that of the training script")
+    group.add_argument("--seed", type=int, default=0, help="seed of the resamples, and of what patients are held out")
+    text = "YAML or INI files of defaults, also those of the training script"
+    group.add_argument("--config", type=Path, nargs="+", help=text)
     return parser
 
 
@@ -107,12 +164,22 @@ def parse_args(argv=None) -> argparse.Namespace:
         args = read_config(args, argv)
     if (args.test_only is None) == (args.predictions is None):
         raise UserError("command line: give either --test-only CKPT, or --predictions CSV and --labels CSV")
-    if (args.predictions is None) != (args.labels is None):
-        raise UserError("command line: --predictions and --labels go together")
+    if args.predictions and (args.labels is None or len(args.labels) > 1):
+        raise UserError("command line: --predictions and --labels go together (one file each)")
+    for name in ("zero_shot", "prompts", "retrieval", "linear_probe", "export_features"):
+        if args.predictions and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: needs a checkpoint (--test-only)")
     if args.test_only and args.label_columns:
         raise UserError("--label-columns: the labels of a checkpoint are fixed (the option is for --predictions)")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: not a probability (0 to 1)")
+    if not 0 <= args.threshold_part <= 0.9:
+        raise UserError(f"--threshold-part {args.threshold_part}: not a share of the patients (0 to 0.9)")
+    if args.threshold_part and (args.threshold is not None or args.linear_probe):
+        other = "--linear-probe" if args.linear_probe else "--threshold"
+        raise UserError(f"--threshold-part: {other} brings its own thresholds (leave out one of the two)")
+    if args.linear_probe and args.zero_shot:
+        raise UserError("--linear-probe: takes the place of --zero-shot (leave out one of the two)")
     if args.bootstrap and args.n_bootstrap < 2:
         raise UserError(f"--n-bootstrap {args.n_bootstrap}: at least 2 resamples (--no-bootstrap for none)")
     return args
@@ -130,7 +197,8 @@ def read_config(args, argv) -> argparse.Namespace:
     merged = parse_with_config(add_options(parser), argv)
     unused = [name for name in vars(merged) if name not in vars(args)]
     if unused:
-        print(f"{args.config}: not used, the checkpoint has its own: {', '.join(unused)}")
+        files = ", ".join(map(str, args.config))
+        print(f"{files}: not used, the checkpoint has its own: {', '.join(unused)}")
     return merged
 
 
@@ -153,12 +221,22 @@ class Cases:
     evaluated_on: str
     notes: list[str]
     files: dict  # for the provenance
-    incomplete: bool = False  # something of a case failed to load, but not all of it
+    incomplete: bool = False  # something that is not a case, or not all of one, failed to load
+    image_features: np.ndarray | None = None  # (n, E) float32, L2-normalised; NaN rows: failed
+    text_features: np.ndarray | None = None  # (n, E); NaN rows: failed, or no report
+    texts: list[str] | None = None  # reports, '' = none
+    training: dict | None = None  # what `predict` gives of the training data, for --linear-probe
+
+    def part(self, rows: np.ndarray) -> dict:
+        """The arrays of some rows, bool (n,), as keywords for `dataclasses.replace`."""
+        names = ("ids", "groups", "targets", "probs", "image_features", "text_features", "texts")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {k: v[rows] if isinstance(v, np.ndarray) else list(compress(v, rows)) for k, v in found.items()}
 
 
 def cases_of_files(args) -> Cases:
     """Cases of --predictions and --labels."""
-    ids, groups, targets, probs, class_names = read_scores(args.predictions, args.labels, args.label_columns)
+    ids, groups, targets, probs, class_names = read_scores(args.predictions, args.labels[0], args.label_columns)
     thresholds, source = choose_thresholds(args.threshold, {})
     return Cases(
         ids=ids,
@@ -170,9 +248,9 @@ def cases_of_files(args) -> Cases:
         thresholds=np.full(len(class_names), thresholds),
         thresholds_source=source,
         evaluated=args.predictions.name,
-        evaluated_on=args.labels.name,
+        evaluated_on=args.labels[0].name,
         notes=[],
-        files={"predictions": file_facts(args.predictions), "labels": file_facts(args.labels)},
+        files={"predictions": file_facts(args.predictions), "labels": file_facts(args.labels[0])},
     )
 
 
@@ -183,33 +261,80 @@ def script_of(saved: dict, path: Path):
     return importlib.import_module(TASKS[saved["task"]])
 
 
-def cases_of_checkpoint(args, ctx) -> Cases:
-    """Run the checkpoint's model over its data; every rank returns the same cases."""
-    saved = load_checkpoint(args.test_only)
-    script = script_of(saved, args.test_only)
+def overrides_of(args, saved: dict, script) -> dict:
+    """What the command line changes of the checkpoint's arguments."""
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     foreign = [name for name in given if name not in saved["args"]]
     if foreign:
         raise UserError(f"--{foreign[0].replace('_', '-')}: not an option of {script.__name__}.py's checkpoints")
-    task_args = script.args_from_checkpoint(saved, **given, on_bad_sample="skip")
+    single = {action.dest for action in script.build_parser()._actions if action.nargs is None}
+    for name in single & {name for name, value in given.items() if isinstance(value, list)}:
+        if len(given[name]) > 1:
+            raise UserError(f"--{name.replace('_', '-')}: {script.__name__}.py takes one file")
+        given[name] = given[name][0]
+    if given.get("prompts", saved["args"].get("prompts")) != saved["args"].get("prompts"):
+        given["zero_shot"] = True
+    return given
+
+
+def args_for(saved: dict, script, given: dict, **more) -> argparse.Namespace:
+    """The script's arguments; tables named in training belong to its folder, not to another one given now."""
+    args = script.args_from_checkpoint(saved, **given | more, on_bad_sample="skip")
+    folder = "train_data" if args.split == "train" else "valid_data"
+    if folder in given and Path(given[folder]) != Path(saved["args"][folder] or ""):
+        vars(args).update({name: None for name in ("reports", "metadata", "labels") if name not in given})
+    return args
+
+
+def cases_of_checkpoint(args, ctx) -> Cases:
+    """Run the checkpoint's model over its data; every rank returns the same cases."""
+    saved = load_checkpoint(args.test_only)
+    script = script_of(saved, args.test_only)
+    for name in ("retrieval", "linear_probe", "export_features"):
+        if getattr(args, name) and saved["task"] not in WITH_FEATURES:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: {script.__name__}.py's checkpoints give no features of images and texts")
+    given = overrides_of(args, saved, script)
+    task_args = args_for(saved, script, given)
     dataset = script.build_eval_dataset(task_args)
-    out = script.predict(script.build_eval_model(saved, task_args, ctx.device), dataset, ctx, "prediction")
-    thresholds, source = choose_thresholds(args.threshold, saved)
+    model, training = script.build_eval_model(saved, task_args, ctx.device), None
+    if args.linear_probe:
+        train_args = args_for(saved, script, given, split="train")
+        training = script.predict(model, script.build_eval_dataset(train_args), ctx, "training data")
+    out = script.predict(model, dataset, ctx, "prediction")
+
+    def prompts_of(some: dict) -> list | None:  # None: the probabilities are a classifier's
+        by_head = "zero_shot" not in some or (not some["zero_shot"] and getattr(model, "classifier", None) is not None)
+        return None if by_head else some["prompts"]
+
+    prompts = prompts_of(vars(task_args))
+    changed = prompts != prompts_of(saved["args"])
+    thresholds, source = choose_thresholds(args.threshold, {} if changed else saved)
     unread = [dataset.ids[i] for i in out.get("unread", [])]
     table, notes = script.data_file(task_args), []
-    trained_on = script.data_file(script.args_from_checkpoint(saved), task_args.split)
-    same_data = trained_on is not None and table.resolve() == trained_on.resolve()
+    try:
+        same_data = table.resolve() == script.data_file(script.args_from_checkpoint(saved), task_args.split).resolve()
+    except (UserError, TypeError, AttributeError):  # the training data are not on this machine, or there were none
+        same_data = False
     if same_data and task_args.split == saved["args"]["split"]:
-        chosen = "the model" if args.threshold is not None else "the model and its thresholds"
+        own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed)
+        chosen = "the model and its thresholds" if own else "the model"
         notes.append(
             f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
-            "of new patients (--split, --csv or --slice-dir for cases that training has not seen)"
+            "of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not seen)"
         )
     elif same_data and task_args.split == "train":
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
     if unread:
         first = ", ".join(unread[:10])
         notes.append(f"{len(unread)} slices could not be read and are missing in their volumes: {first}")
+    if changed and saved.get("thresholds") is not None:
+        source += "; the checkpoint's belong to other probabilities"
+    files = {"checkpoint": file_facts(args.test_only), "csv": file_facts(table), "trained_with": saved["versions"]}
+    if args.linear_probe:
+        files["probe_trained_on"] = file_facts(script.data_file(train_args, "train"))
+    elif prompts:
+        files["prompts"] = "; ".join(prompts)
     return Cases(
         ids=list(out["ids"]),
         groups=list(out["groups"]),
@@ -219,11 +344,13 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         failed={out["ids"][i]: why_failed(dataset, i) for i in out["failed"]},
         thresholds=np.full(len(dataset.class_names), thresholds),
         thresholds_source=source,
-        evaluated=args.test_only.name,
+        evaluated=args.test_only.name + (", zero-shot" if prompts and not args.linear_probe else ""),
         evaluated_on=f"split '{task_args.split}' of {table.name}",
         notes=notes,
-        files={"checkpoint": file_facts(args.test_only), "csv": file_facts(table), "trained_with": saved["versions"]},
-        incomplete=bool(unread),
+        files=files,
+        incomplete=bool(unread or (training and training["failed"])),
+        training=training,
+        **{k: out.get(k) for k in ("image_features", "text_features", "texts")},
     )
 
 
@@ -237,6 +364,86 @@ def why_failed(dataset, index: int) -> str:
 
 def file_facts(path: Path) -> dict:
     return {"file": str(path), "sha256": file_sha256(path)}
+
+
+def in_part(patients, share: float, seed: int) -> np.ndarray:
+    """(n,) bool: a share of the patients, by a hash of the name and the seed, whatever else is in the data."""
+
+    def draw(name) -> float:
+        return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()) / 2**64
+
+    return np.array([draw(name) < share for name in patients])
+
+
+def with_fitted_thresholds(cases: Cases, share: float, seed: int) -> tuple[Cases, dict]:
+    """The cases of the other patients, with thresholds fitted to this share of them; and facts about that part."""
+    fitted = in_part(cases.groups, share, seed) & ~np.isnan(cases.probs).any(1)  # a failed case stays listed
+    patients = sorted(set(np.array(cases.groups, object)[fitted]))
+    if not fitted.any() or fitted.all():
+        which = "no patient" if not fitted.any() else "every patient"
+        raise UserError(f"--threshold-part {share}: {which} of {len(set(cases.groups))} falls into it (or --seed)")
+    targets = cases.targets[fitted]
+    source = f"per label, best F1 on {fitted.sum()} cases of {len(patients)} patients that are not scored"
+    empty = [name for name, y in zip(cases.class_names, targets.T, strict=True) if not (y == 1).any()]
+    source += f"; 0.5 without a positive case there: {', '.join(empty)}" if empty else ""
+    facts = {"share": share, "seed": seed, "n": int(fitted.sum()), "patients": patients}
+    thresholds = f1_thresholds(targets, cases.probs[fitted])
+    kept = dataclasses.replace(cases, **cases.part(~fitted), thresholds=thresholds, thresholds_source=source)
+    return kept, facts
+
+
+def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
+    """The cases with probabilities of a linear probe of the training data's image features.
+
+    For each label a logistic regression on features standardised over the patients it is fitted to; how strongly it is
+    regularised is chosen by the log-loss, and the threshold by F1, on the training patients held out.
+    """
+    train, names = cases.training, cases.class_names
+    shared = sorted(set(train["groups"]) & set(cases.groups))
+    if shared:
+        raise UserError(f"--linear-probe: patient {shared[0]} is in the training data and scored ({len(shared)} are)")
+    x, y = np.asarray(train["image_features"], np.float64), np.asarray(train["targets"], np.float64)
+    held = in_part(train["groups"], PROBE_HELD_OUT, seed)
+    read = np.isfinite(x).all(1)
+    fit, held = read & ~held, read & held
+    if not fit.any() or not held.any():
+        raise UserError("--linear-probe: too few training patients that could be read (or another --seed)")
+    mean, std = x[fit].mean(0), x[fit].std(0)
+    std[std == 0] = 1
+    x, scored = (x - mean) / std, (cases.image_features.astype(np.float64) - mean) / std
+    loaded = np.isfinite(scored).all(1)
+    probs, held_probs = np.full((len(scored), len(names)), np.nan), np.full((held.sum(), len(names)), 0.5)
+    constant = []
+    for k, name in enumerate(names):
+        a, b = fit & ~np.isnan(y[:, k]), ~np.isnan(y[held, k])
+        if len(set(y[a, k])) < 2:  # nothing to tell apart
+            probs[loaded, k] = held_probs[:, k] = y[a, k].mean() if a.any() else 0.5
+            constant.append(name)
+            continue
+        best = np.inf
+        for strength in PROBE_C:
+            model = LogisticRegression(C=strength, max_iter=2000).fit(x[a], y[a, k])
+            p = model.predict_proba(x[held])[:, 1]
+            loss = log_loss(y[held, k], p) if b.any() else 0.0
+            if loss < best:
+                best, held_probs[:, k], probs[loaded, k] = loss, p, model.predict_proba(scored[loaded])[:, 1]
+    thresholds, source = threshold, f"{threshold} (--threshold)"
+    if threshold is None:
+        thresholds = f1_thresholds(y[held], held_probs)
+        source = f"per label, best F1 on {held.sum()} training cases held out from the probe"
+    notes = list(cases.notes)
+    if constant:
+        notes.append(f"The probe had only one class to learn from, and gives a constant, for {', '.join(constant)}")
+    if not read.all():
+        notes.append(f"{(~read).sum()} of {len(read)} training cases failed to load and are not in the probe")
+    return dataclasses.replace(
+        cases,
+        probs=probs,
+        thresholds=np.full(len(names), thresholds),
+        thresholds_source=source,
+        evaluated=f"linear probe of {cases.evaluated}",
+        notes=notes,
+    )
 
 
 # ==== Numbers ==================================================================================================
@@ -293,22 +500,95 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     }
 
 
+def retrieval(cases: Cases, n_resamples: int, seed: int) -> dict:
+    """The `retrieval` of results.json, to the last digit the same in any order of the cases."""
+    read = np.isfinite(cases.image_features).all(1)
+    order = np.array(sorted(np.flatnonzero(read), key=lambda i: cases.ids[i]), int)
+    images, texts, labels = cases.image_features[order], cases.text_features[order], cases.targets[order]
+    groups, words = np.array(cases.groups, object)[order], np.array([t.strip() for t in cases.texts], object)[order]
+    told = (words != "") & np.isfinite(texts).all(1)
+    ill = (labels == 1).any(1)
+
+    def numbers(columns: dict, patients) -> dict:
+        """{metric: (values of the queries (n,), chance)} -> their means, or medians, with intervals."""
+        counts, found = bootstrap_counts(patients, n_resamples, seed) if n_resamples else None, {}
+        for metric, (values, chance) in columns.items():
+            middle = _median if metric == "median_rank" else lambda x, counts: x @ counts / counts.sum(0)
+            found[metric] = middle(values, np.ones((len(values), 1)))[0]
+            if n_resamples:
+                spread = np.quantile(middle(values, counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+                found[f"{metric}_low"], found[f"{metric}_high"] = spread
+            found[f"{metric}_chance"] = chance
+        return found
+
+    def search(queries, gallery, wanted, held, patients) -> dict | None:
+        if not len(queries):
+            return None
+        ranks, n = retrieval_ranks(queries, gallery, wanted, held), len(gallery)
+        rights, many = np.unique(ranks["right"], return_counts=True)
+        by_chance = many / many.sum() @ hit_chance(rights[:, None], n, np.arange(1, n + 1))  # share found up to a rank
+        ks = [k for k in KS if k < n]
+        hits = recall_at_k(ranks, ks).T
+        columns = {f"recall@{k}": (column, by_chance[k - 1]) for k, column in zip(ks, hits, strict=True)}
+        columns["median_rank"] = ranks["rank"], 1 + int(np.searchsorted(by_chance, 0.5))
+        return {"n": len(queries), "n_gallery": n} | numbers(columns, patients)
+
+    def nearest(rows) -> dict | None:
+        if len(set(groups[rows])) < 2:  # nobody to find
+            return None
+        ks, patients, n = [k for k in KS if k < rows.sum()], groups[rows], int(rows.sum())
+        pairs = images[rows], images[rows], labels[rows], labels[rows]
+        values, chance = overlap_at_k(*pairs, ks, patients, patients)
+        columns = {f"map@{k}": (column, chance.mean()) for k, column in zip(ks, values.T, strict=True)}
+        return {"n": n, "n_gallery": n} | numbers(columns, patients)
+
+    published = {}
+    if told.any():
+        ranks = retrieval_ranks(texts[told], images, np.flatnonzero(told), np.arange(len(images)))
+        ks = [k for k in KS if k < len(images)]
+        published = {f"recall@{k}": v for k, v in zip(ks, recall_at_k(ranks, ks).mean(0), strict=True)}
+    ks = [k for k in KS[:-1] if k < ill.sum()]
+    if ks:
+        overlaps = overlap_at_k(images, images[ill], labels, labels[ill], ks)[0].mean(0)
+        published |= {f"map@{k}": v for k, v in zip(ks, np.cumsum(overlaps) / np.arange(1, len(ks) + 1), strict=True)}
+    distinct = np.flatnonzero(told & ~pd.Series(np.where(told, words, "")).duplicated())
+    return {
+        "report_to_volume": search(texts[told], images, words[told], words, groups[told]),
+        "volume_to_report": search(images[told], texts[distinct], words[told], words[distinct], groups[told]),
+        "volume_to_volume": nearest(ill),
+        "as_published": published,
+    }
+
+
+def _median(values, counts) -> np.ndarray:
+    """Median of values (n,), each repeated as often as each column of counts (n, B) says: (B,)."""
+    return np.array([np.median(np.repeat(values, column.astype(int))) for column in counts.T])
+
+
 def git_commit() -> str | None:
     """Commit of this code, with '+' where files differ from it; None outside a repository."""
     here = Path(__file__).resolve().parent
     try:
         run = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10)  # noqa: E731
         head = run("rev-parse", "HEAD")
-        return (
-            None
-            if head.returncode
-            else head.stdout.strip() + ("+" if run("status", "--porcelain", "-uno").stdout else "")
-        )
+        changed = "+" if run("status", "--porcelain", "-uno").stdout else ""
+        return None if head.returncode else head.stdout.strip() + changed
     except (OSError, subprocess.TimeoutExpired):
         return None
 
 
 # ==== Output ===================================================================================================
+
+
+def export_features(path: Path, cases: Cases) -> None:
+    """The npz of --export-features; text is stored as unicode arrays, so that it opens without pickle."""
+    arrays = {"ids": cases.ids, "patient_ids": cases.groups, "class_names": cases.class_names}
+    arrays = {name: np.array(values, str) for name, values in arrays.items()} | {
+        "image_features": np.asarray(cases.image_features, np.float32),
+        "text_features": np.asarray(cases.text_features, np.float32),
+        "targets": np.asarray(cases.targets, np.float32),
+    }
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def write_outputs(results: dict, cases: Cases, results_path: Path) -> None:
@@ -341,6 +621,23 @@ def print_table(results: dict) -> None:
     print(line("macro", "", "", results["macro"]))
     print(line("micro", "", "", results["micro"]))
     print(f"macro: over {results['macro']['n_defined']} of {len(results['per_label'])} labels\n")
+    if "retrieval" not in results:
+        return
+    print(f"{'retrieval':<17}  {'queries':>7}  {'gallery':>7}  {'':<11}  {'found' + level:<22}  chance")
+    for key, (title, *_) in RETRIEVAL.items():
+        row, title = results["retrieval"][key] or {"n": 0, "n_gallery": 0}, title.lower()
+        for name in [name for name in row if name.endswith("_chance")]:
+            name, digits = name.removesuffix("_chance"), 1 if "rank" in name else 3
+            found = number(row[name], digits)
+            if f"{name}_low" in row:
+                found += f" [{number(row[f'{name}_low'], digits)}, {number(row[f'{name}_high'], digits)}]"
+            said = name.replace("recall@", "R@").replace("map@", "MAP@").replace("_", " ")
+            counts = f"{row['n']:>7}  {row['n_gallery']:>7}" if title else " " * 16
+            print(f"{title:<17}  {counts}  {said:<11}  {found:<22}  {number(row[name + '_chance'], digits)}")
+            title = ""
+        if title:
+            print(f"{title:<17}  undefined")
+    print()
 
 
 # ==== Main =====================================================================================================
@@ -358,11 +655,24 @@ def main(argv=None) -> int:
         if not ctx.master:
             return 3 if cases.failed or cases.incomplete else 0
     results_path = args.output if args.output.suffix == ".json" else args.output / "results.json"
-    try:
-        results_path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{results_path.parent}: could not be made: {e.strerror} (choose another --output)") from e
-    results = score(cases, args.n_bootstrap if args.bootstrap else 0, args.seed)
+    for folder in [results_path.parent] + ([args.export_features.parent] if args.export_features else []):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{folder}: could not be made: {e.strerror} (choose another --output)") from e
+    if args.export_features:
+        export_features(args.export_features, cases)
+    n_resamples, part = args.n_bootstrap if args.bootstrap else 0, None
+    with threadpool_limits(1):  # the last digits of a matrix product depend on the thread count; torchrun changes it
+        if args.linear_probe:
+            cases = with_probe(cases, args.threshold, args.seed)
+        if args.threshold_part:
+            cases, part = with_fitted_thresholds(cases, args.threshold_part, args.seed)
+        results = score(cases, n_resamples, args.seed)
+        if args.retrieval:
+            results["retrieval"] = retrieval(cases, n_resamples, args.seed)
+    if part:
+        results["threshold_part"] = part
     results["provenance"] = cases.files | {
         "command": shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
@@ -379,6 +689,8 @@ def main(argv=None) -> int:
     for warning in warnings_of(results):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"Results: {results_path}\nReport: {results_path.parent / 'report.html'}")
+    if args.export_features:
+        print(f"Features: {args.export_features}")
     return 3 if cases.failed or cases.incomplete else 0
 
 

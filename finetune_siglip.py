@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="YAML or INI file of defaults; the command line wins")
+    parser.add_argument("--config", nargs="+", help="YAML or INI files of defaults; the command line wins")
     onoff = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
@@ -155,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
     add("--eval-batch-size", type=int, default=0, help="samples per evaluation batch (--batch-size)")
+    add("--eval-every", type=int, default=0, help="steps between evaluations (0: an epoch)")
     add("--test-only", type=Path, metavar="CKPT", help="score a checkpoint and write --test-output")
     add("--test-output", default="test_predictions.csv", help="predictions; a bare name: in --output-dir")
     add("--split", default="val", help="split that is scored")
@@ -1010,7 +1011,7 @@ def train(args, ctx):
     if saved:
         for name, part in parts.items():
             if part is not None and (saved[name] or name != "scaler"):
-                part.load_state_dict(saved[name])
+                common.load_state(part, saved[name])
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
@@ -1031,8 +1032,8 @@ def train(args, ctx):
     bar = tqdm(total=max_steps, initial=state["step"], disable=None if ctx.master else True, desc=TASK)
 
     def save():
+        states = {k: common.whole(v.state_dict()) if v is not None else None for k, v in parts.items()}
         if ctx.master:
-            states = {k: v.state_dict() if v is not None else None for k, v in parts.items()}
             whole = {**common.model_checkpoint(TASK, args, model, {}), "state": state, **states}
             common.save_last(args.output_dir / LAST, whole)
             best.prune()  # only now does no checkpoint on disk need the files that dropped out
@@ -1043,7 +1044,7 @@ def train(args, ctx):
         if epoch != state["step"] // sampler.per_epoch:
             epoch = state["step"] // sampler.per_epoch
             if set_trainable(model, args, epoch, log.info) or net is None:
-                net = DistributedDataParallel(model) if ctx.world > 1 else model
+                net = DistributedDataParallel(model) if ctx.world > 1 and not common.is_split(model) else model
                 if compiling:
                     torch.compiler.reset()  # other parts frozen is another graph, and the number of graphs is limited
         for group in optimizer.param_groups:
@@ -1058,7 +1059,7 @@ def train(args, ctx):
         scaler.unscale_(optimizer)
         if args.check_ranks:
             common.check_ranks(model, ctx)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
         good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
         if good:
             scaler.step(optimizer)
@@ -1094,7 +1095,7 @@ def train(args, ctx):
             log.scalars(step, {**values, "train/lr": lr, "train/grad_norm": float(grad_norm)})
 
         stopping = ctx.any(bool(stop))
-        evaluating = final or step % sampler.per_epoch == 0
+        evaluating = final or step % (args.eval_every or sampler.per_epoch) == 0
         if evaluating:  # all ranks, the same numbers on each
             judged = ema.module if ema else model
             ctx.share_buffers(judged)
@@ -1102,7 +1103,7 @@ def train(args, ctx):
             epoch_done = math.ceil(step / sampler.per_epoch)
             train_loss = state["loss_sum"] / max(1, state["loss_steps"])
             score = -metrics["val_loss"] if args.monitor == "val_loss" else metrics[args.monitor]
-            name = TOP.format(epoch=epoch_done, **metrics)
+            name = TOP.format(epoch=epoch_done, step=step, **metrics)
             entry = common.model_checkpoint(TASK, args, judged, metrics)
             improved = best.add(score, step, name, entry, ctx.master)
             if ctx.master:

@@ -9,14 +9,21 @@
     python prepare_ct.py slices --data-dir ct_rate_data/ --output-dir ct_rate_2d/ --strategy multi_slice
         A folder of .nii.gz, .nii or .mha -> what run_task2.py reads: packed/{train,valid}.npy, one memory-mapped array
         of slices each, splits/{train,valid}_slices.csv, multi_abnormality_labels.csv, and slices/ with a .npy a slice.
+    python prepare_ct.py ctclip --data-root dataset/train --reports train_reports.csv --metadata train_metadata.csv \
+            --labels train_predicted_labels.csv --out cache/train
+        A CT-RATE folder -> what train_ctclip.py reads: one .npy a volume, 240 x 480 x 480 voxels of 1.5 x 0.75 x 0.75
+        mm toward superior, left, posterior, air outside, as int16 (whole HU: that rounding is all that differs from
+        reading the scans in training; 110 MB each, memory-mapped), volumes.csv with texts and labels, and preview.png
+        to look at. The CSV files may be paths, or names in the folders of the hub (dataset/radiology_text_reports/
+        ...); not given, those that are there are taken.
     python prepare_ct.py check --csv npz/all_ct_wlabels.csv
         Labels per split, shapes, spacings, orientations, suspicious intercepts, missing files, patients in two splits.
 
-Volumes are turned to increase toward superior, posterior, left, and the rescale slope and intercept of `--metadata`
-(CSV with VolumeName, RescaleSlope, RescaleIntercept, and, if they are to replace those of the files, XYSpacing and
-ZSpacing) are applied once. A killed run continues with the same command: volumes that are finished and whose source
-and settings are the same are kept (progress.jsonl), and new ones are added. Paths in a CSV are absolute or relative to
-its folder.
+Volumes are turned to increase toward superior, posterior, left (ctclip: superior, left, posterior), and the rescale
+slope and intercept of `--metadata` (CSV with VolumeName, RescaleSlope, RescaleIntercept, and, if they are to replace
+those of the files, XYSpacing and ZSpacing) are applied once. A killed run continues with the same command: volumes that
+are finished and whose source and settings are the same are kept (progress.jsonl), and new ones are added. Paths in a
+CSV are absolute or relative to its folder.
 Exit codes: 0 done (`check`: perhaps with warnings), 2 bad input, 3 finished but volumes failed (bad_samples.csv), 143
 stopped by a signal.
 """
@@ -98,6 +105,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_reading(command)
     add_output(command, "the slices, their tables and labels")
 
+    command = commands.add_parser("ctclip", help="a CT-RATE folder -> memory-mapped int16 volumes for train_ctclip.py")
+    add = command.add_argument
+    add("--data-root", type=Path, required=True, help="folder searched for .nii.gz, .nii and .mha at any depth")
+    add("--reports", nargs="+", help="CSV files with VolumeName, Findings_EN, Impressions_EN (default: those found)")
+    add("--metadata", nargs="+", help="CSV files with VolumeName, RescaleSlope, RescaleIntercept[, XYSpacing, "
+        "ZSpacing] (default: those found)")  # fmt: skip
+    add("--labels", nargs="+", help="CSV files with VolumeName and the labels: 0, 1, or empty for unknown "
+        "(default: those found)")  # fmt: skip
+    add("--label-columns", nargs="+", default=common.CT_RATE_LABELS, help="columns of --labels that are kept")
+    add("--hu-source", choices=["auto", "csv", "header", "none"], default="auto", help="what makes HU of the values: "
+        "slope and intercept of --metadata unless they are HU already (CT-RATE v2); those in any case (v1); only the "
+        "file's own; nothing")  # fmt: skip
+    add("--size", type=int, nargs=3, default=common.CTCLIP_SIZE, metavar=("D", "H", "W"), help="voxels along S, L, P: "
+        f"{common.CTCLIP_SIZE}, or less by whole factors, which are averaged")  # fmt: skip
+    add_running(command)
+    add_output(command, "the npy files, volumes.csv and preview.png")
+
     command = commands.add_parser("check", help="look for what would spoil a training: labels, files, values, splits")
     add = command.add_argument
     add("--csv", type=Path, required=True, help="CSV with series_id, split, img_path and labels")
@@ -119,13 +143,18 @@ def add_labels(command) -> None:
 
 
 def add_reading(command) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = command.add_argument
     add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept[, XYSpacing, ZSpacing]")
     add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of .npz and .npy files: depth first "
         "(S, P, L), or depth last (R, A, S) as the original SigLIP tool wrote them")  # fmt: skip
     add("--value-range", choices=["auto", "hu", "unit", "stored"], default="auto", help="what the values are: "
         "detect it, HU, 0-1 (HU = 2500 v - 1000), or scanner values that the metadata rescales")  # fmt: skip
+    add_running(command)
+
+
+def add_running(command) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = command.add_argument
     add("--max-voxels", type=int, default=common.MAX_VOXELS, help="a file whose header claims more voxels is refused")
     add("--num-workers", type=int, default=cores, help="processes; 0 works in this one")
 
@@ -367,21 +396,6 @@ def finish(args, failed: list[tuple[dict, str]], written: int) -> int:
 # ==== volumes ==================================================================================================
 
 
-def find_volumes(folder: Path) -> dict[str, Path]:
-    """NIfTI and MetaImage files below `folder` by name without extension, sorted."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if common.is_scan(p))
-    found = {}
-    for path in files:
-        other = found.setdefault(common.volume_name(path.name), path)
-        if other != path:
-            raise UserError(f"{path}: the same volume name as {other} (names must differ)")
-    if not found:
-        raise UserError(f"{folder}: no {', '.join(common.SCAN_SUFFIXES)} in it or below it")
-    return found
-
-
 def split_of(name: str, row: dict, column: str | None) -> str:
     word = row.get(column, "").strip().lower() if column else name.split("_")[0].lower()
     if word not in SPLITS:
@@ -412,7 +426,7 @@ def read_labels(args, found: dict[str, Path], files: list[Path], columns) -> tup
 
 
 def run_volumes(args) -> int:
-    found = find_volumes(args.nifti_dir)
+    found = common.find_volumes(args.nifti_dir)
     labels, metadata = read_labels(args, found, [args.labels] if args.labels else [], common.CT_RATE_LABELS)
     jobs, rows = [], []
     for (name, path), file in zip(found.items(), output_names(found, ".npz"), strict=True):
@@ -515,7 +529,7 @@ def extract(job: dict) -> dict:
 def run_slices(args) -> int:
     if args.slices_per_volume < 1 or args.image_size < 8:
         raise UserError("--slices-per-volume must be at least 1 and --image-size at least 8")
-    found = find_volumes(args.data_dir)
+    found = common.find_volumes(args.data_dir)
     hub = args.data_dir / "multi_abnormality_labels"
     files = [args.data_dir / "multi_abnormality_labels.csv", *sorted(hub.glob("*_predicted_labels.csv"))]
     files = [args.labels] if args.labels else [f for f in files if f.exists()]
@@ -643,6 +657,66 @@ def draw_slices(out: Path, tables: dict[str, pd.DataFrame]) -> None:
     figure.savefig(out / "sample_slices_visualization.png", dpi=110)
 
 
+# ==== ctclip ===================================================================================================
+
+
+def convert_ctclip(job: dict) -> dict:
+    """Read one volume as CT-CLIP sees it and write it in whole HU -> its shape, notes and bytes."""
+    array, notes = common.ctclip_volume(job["source"], job["size"], **job["options"])
+    output, whole = Path(job["output"]), np.rint(array, out=array).astype(np.int16)
+    common.write_atomic(output, lambda file: np.save(file, whole, allow_pickle=False))
+    return {"shape": list(whole.shape), "notes": list(notes), "output_bytes": output.stat().st_size}
+
+
+def run_ctclip(args) -> int:
+    columns = list(args.label_columns)
+    table, csv = common.ctclip_cases(
+        args.data_root, args.reports, args.metadata, args.labels, columns, hu_source=args.hu_source
+    )
+    if not common.is_scan(Path(table["img_path"][0])):
+        raise UserError(f"{csv}: a table of prepared volumes (--data-root takes the folder of the scans)")
+    if any(n < 1 or whole % n for n, whole in zip(args.size, common.CTCLIP_SIZE, strict=True)):
+        raise UserError(f"--size {args.size}: must divide {common.CTCLIP_SIZE} by whole numbers")
+    files, jobs = output_names(table["series_id"], ".npy"), []
+    for row, file in zip(table.to_dict("records"), files, strict=True):
+        options = {"hu_source": args.hu_source, "max_voxels": args.max_voxels, **common.volume_options(row)}
+        job = {"id": row["series_id"], "source": row["img_path"], "output": str(args.out / file), "options": options}
+        jobs.append({**job, "size": list(args.size)})
+    n, size = len(table), 2 * math.prod(args.size) * len(table) / 1e9
+    silent = ((table["findings"] == "") & (table["impression"] == "")).sum()
+    unlabelled = (table[columns] == "").all(axis=1).sum()
+    print(f"{n} volumes, {size:.1f} GB; {silent} have no report, {unlabelled} no labels ({csv} ...)", file=sys.stderr)
+    with output_folder(args.out):
+        records, failed = convert_all(args, jobs, convert_ctclip, is_whole)
+        table = table.assign(img_path=files).drop(columns=[*common.RESCALE_COLUMNS, *common.SPACING_COLUMNS])  # applied
+        table = table[table["series_id"].isin(records.keys())]
+        common.write_csv(args.out / "volumes.csv", table)
+        if len(table):
+            draw_volumes(args.out, table)
+        return finish(args, failed, len(records))
+
+
+def draw_volumes(out: Path, table: pd.DataFrame) -> None:
+    """preview.png: the middle axial, coronal and sagittal slice of up to four volumes, with the patient's sides."""
+    shown = table.iloc[np.unique(np.linspace(0, len(table) - 1, 4).astype(int))]
+    figure = Figure((9, 3 * len(shown)), layout="constrained")
+    for axes, row in zip(figure.subplots(len(shown), 3, squeeze=False), shown.itertuples(), strict=True):
+        volume = np.load(out / row.img_path, mmap_mode="r", allow_pickle=False)  # (S, L, P)
+        depth, side, front = (n // 2 for n in volume.shape)
+        views = {"axial": volume[depth].T, "coronal": volume[::-1, :, front], "sagittal": volume[::-1, side]}
+        z, x, y = (s * n for s, n in zip(common.CTCLIP_SPACING, common.CTCLIP_SIZE, strict=True))  # mm of an axis
+        for ax, (view, image), (width, height) in zip(axes, views.items(), ((x, y), (x, z), (y, z)), strict=True):
+            ax.imshow(image, cmap="gray", vmin=-1000, vmax=400, extent=(0, width, 0, height))
+            ends = ("A", "P", "S", "I") if view == "sagittal" else ("R", "L", "A" if view == "axial" else "S", None)
+            for text, at in zip(ends, ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02)), strict=True):
+                where = {"ha": "left" if at[0] < 0.5 else "right" if at[0] > 0.5 else "center"}
+                where["va"] = "bottom" if at[1] < 0.5 else "top" if at[1] > 0.5 else "center"
+                ax.text(*at, text or "", transform=ax.transAxes, color="yellow", backgroundcolor="black", **where)
+            ax.set_title(f"{row.series_id} {view}", fontsize=8)
+            ax.set_axis_off()
+    figure.savefig(out / "preview.png", dpi=110)
+
+
 # ==== check ====================================================================================================
 
 
@@ -753,7 +827,8 @@ def main(argv=None) -> int:
         raise UserError("--num-workers must be 0 or more and --max-voxels above 0")
     args.stop = common.StopSignal()
     try:
-        run = {"volumes": run_volumes, "cache": run_cache, "slices": run_slices, "check": run_check}
+        run = {"volumes": run_volumes, "cache": run_cache, "slices": run_slices, "ctclip": run_ctclip}
+        run["check"] = run_check
         return run[args.command](args)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -14,6 +14,7 @@ import html
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -113,10 +114,10 @@ def number(value, digits: int = 3) -> str:
     return "undefined" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def interval(row: dict, metric: str) -> str:
+def interval(row: dict, metric: str, digits: int = 3) -> str:
     """'0.812–0.861', or '' where the metric has no interval."""
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return "" if low is None or high is None else f"{number(low)}–{number(high)}"
+    return "" if low is None or high is None else f"{number(low, digits)}–{number(high, digits)}"
 
 
 def why_undefined(row: dict) -> str:
@@ -269,6 +270,84 @@ KINDS = (  # title, how to read it, panel, metric of its caption
         None,
     ),
 )
+
+
+RETRIEVAL = {  # of results.json: title, metric, short name, who is found
+    "report_to_volume": ("Report to volume", "recall", "R", "R@K: share of the reports whose own volume, or one with "
+                         "word for word the same report, is among the first K of all volumes."),
+    "volume_to_report": ("Volume to report", "recall", "R", "R@K: share of the volumes whose report is among the first "
+                         "K of all distinct reports."),
+    "volume_to_volume": ("Volume to volume", "map", "MAP", "MAP@K, as CT-CLIP calls it: of the K nearest volumes of "
+                         "other patients, the mean label overlap with the query (labels of both / labels of either). "
+                         "Volumes without a positive label take no part."),
+}  # fmt: skip
+
+
+def ks_of(row: dict, metric: str) -> list[int]:
+    return [
+        int(name.split("@")[1].removesuffix("_chance")) for name in row if re.fullmatch(metric + r"@\d+_chance", name)
+    ]
+
+
+def draw_retrieval(axes, row: dict, metric: str, short: str) -> None:
+    """Share found at each K, with its interval, and what chance finds."""
+    ks = ks_of(row, metric)
+    value, chance, low, high = ([row.get(f"{metric}@{k}{end}") for k in ks] for end in ("", "_chance", "_low", "_high"))
+    x = range(len(ks))
+    axes.plot(x, chance, "o--", color=GREY, linewidth=1, markersize=3.5)
+    if None not in low:
+        axes.vlines(x, low, high, color=BLUE, linewidth=5, alpha=0.35)
+    axes.plot(x, value, "o-", color=BLUE, linewidth=1.8, markersize=5)
+    axes.set(xlim=(-0.4, len(ks) - 0.6), ylim=(-0.02, 1.02), xlabel="K", ylabel=f"{short}@K", xticks=x)
+    axes.set_xticklabels(map(str, ks))
+    axes.tick_params(length=0, colors="#444444")
+
+
+def retrieval_section(results: dict) -> str:
+    """Table and curves of the retrieval; '' where there was none."""
+    if "retrieval" not in results:
+        return ""
+    ks = sorted({k for key, kind in RETRIEVAL.items() for k in ks_of(results["retrieval"][key] or {}, kind[1])})
+    rows, panels, how = "", "", results["interval"]
+    for key, (title, metric, short, _) in RETRIEVAL.items():
+        row = results["retrieval"][key]
+        if row is None:
+            rows += f'<tr><td>{title}</td><td class="undefined" colspan="{len(ks) + 3}">undefined: no query</td></tr>\n'
+            continue
+        cells = ""
+        for name, digits in [*((f"{metric}@{k}", 3) for k in ks), ("median_rank", 1)]:
+            chance = f"<small>chance {number(row[name + '_chance'], digits)}</small>" if name in row else ""
+            small = interval(row, name, digits)
+            cells += f"<td>{number(row[name], digits)}<small>{small}</small>{chance}</td>" if chance else "<td></td>"
+        rows += (
+            f"<tr><td>{title}<small>{short}@K</small></td><td>{row['n']}</td><td>{row['n_gallery']}</td>{cells}</tr>\n"
+        )
+        if ks_of(row, metric):
+            uri = figure_uri(lambda axes, row=row, kind=(metric, short): draw_retrieval(axes, row, *kind), key)
+            panels += f'<figure><img src="{uri}" alt="{title}: {short}@K against chance">'
+            panels += f"<figcaption><b>{title}</b><br>{row['n']} queries</figcaption></figure>"
+    text = "Blue: this model. Dashed: chance, a random order. Equal scores count as if in random order."
+    if how:
+        text += (
+            f" Small print and bars: {100 * how['level']:.0f} % intervals; the patients of the queries are resampled, "
+            "the gallery stays. Where nothing, or everything, was found an interval has no width, and says nothing."
+        )
+    as_published = ", ".join(
+        f"{name.replace('recall', 'R').replace('map', 'MAP')} {number(value)}"
+        for name, value in results["retrieval"]["as_published"].items()
+    )
+    terms = {title: text for title, _, _, text in RETRIEVAL.values()}
+    if as_published:
+        terms["As published"] = (
+            f"{as_published}. Counted as CT-CLIP's scripts do, to be compared with its paper: only the report's own "
+            "volume is right; a volume finds itself first, and MAP@K is the mean of the values up to K."
+        )
+    terms = "".join(f"<dt>{title}</dt><dd>{text}</dd>" for title, text in terms.items())
+    head = "".join(f"<th>K = {k}</th>" for k in ks)
+    return f"""
+<section><h2>Retrieval</h2><p>{esc(text)}</p><div class="scroll"><table>
+<thead><tr><th>Search</th><th>Queries</th><th>Gallery</th>{head}<th>Median rank</th></tr></thead>
+<tbody>{rows}</tbody></table></div><dl>{terms}</dl><div class="grid">{panels}</div></section>"""
 
 
 def figures_section(title, text, draw, metric, results, targets, probs) -> str:
@@ -454,7 +533,7 @@ def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarr
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <header><h1>{title}</h1><p class="sub">{esc(about)}. Data: {esc(results["evaluated_on"])}.</p></header>
-{warnings}{headline(results)}{table_section(results)}
+{warnings}{headline(results)}{table_section(results)}{retrieval_section(results)}
 <section><h2>How to read this</h2><dl>{reading}</dl></section>{figures}
 <section><h2>Where these numbers come from</h2><table class="facts"><tbody>{origin}</tbody></table></section>
 </body></html>

@@ -85,7 +85,7 @@ def assert_same_run(one, other, script):
     """Two run folders of a training script hold the same last checkpoint, results and best models, bit for bit."""
     import common
 
-    a, b = common.load_checkpoint(one / script.LAST), common.load_checkpoint(other / script.LAST)
+    a, b = (common.load_checkpoint(common.last_files(folder / script.LAST)[0]) for folder in (one, other))
     different = [p for p in ("model", "ema", "optimizer", "state") if not tensors_equal(a[p], b[p])]
     assert not different, different
     results = script.RESULTS.format(version=0)
@@ -185,6 +185,45 @@ def slice_args(folder, out, *more):
         "run_task2.py", "--slice-dir", folder, "--mode", "train", "--model", "efficientnet_b0", "--pretrained", "none",
         "--label-columns", *LABELS, "--batch-size", 8, "--epochs", 3, "--lr", "1e-3", "--num-workers", 0,
         "--no-tensorboard", "--output-dir", out, "--log-interval", 1, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_reports(tmp_path_factory):
+    """A folder with train (16 volumes) and valid (9), caches of CT-CLIP's tiny preset, and vocab.txt.
+
+    `first` is a bright block low in the volume, `second` a dark one, `third` is unknown for every fourth row; the last
+    validation case has no report, and two of training have the same one.
+    """
+    folder = tmp_path_factory.mktemp("tiny_reports")
+    rng = np.random.default_rng(0)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] . first second third is not present there no seen case".split()
+    words += [str(i) for i in range(30)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    for split, cases in (("train", range(16)), ("valid", range(16, 25))):
+        (folder / split).mkdir()
+        rows = []
+        for i in cases:
+            y = [i % 2, (i // 2) % 2, (i // 4) % 2]
+            volume = rng.normal(-500, 100, (24, 96, 96))
+            volume[4:12, 16:48, 16:48] += 500 * y[0]
+            volume[14:22, 48:80, 16:48] -= 400 * y[1]
+            np.save(folder / split / f"case{i}.npy", volume.clip(-1000, 1000).astype(np.int16))
+            findings = " ".join(f"{n} is {'seen' if v else 'not seen'}." for n, v in zip(LABELS, y, strict=True))
+            findings = "" if i == 24 else "case 1. " + findings if i in (1, 9) else f"case {i}. " + findings
+            rows.append([f"case{i}", f"p{i}", f"case{i}.npy", findings, "", y[0], y[1], "" if i % 4 == 3 else y[2]])
+        columns = ["series_id", "patient_id", "img_path", "findings", "impression", *LABELS]
+        pd.DataFrame(rows, columns=columns).to_csv(folder / split / "volumes.csv", index=False)
+    return folder
+
+
+def report_args(folder, out, *more):
+    """Command line of a run of seconds: the tiny preset, steps of 4 pairs, three epochs."""
+    return [
+        "train_ctclip.py", "--preset", "tiny", "--train-data", folder / "train", "--valid-data", folder / "valid",
+        "--vocab", folder / "vocab.txt", "--label-columns", *LABELS, "--batch-size", 4, "--max-steps", 12,
+        "--eval-every", 4, "--save-every", 3, "--lr", "1e-3", "--warmup", 0, "--num-workers", 0, "--output-dir", out,
+        "--log-interval", 1, *more,
     ]  # fmt: skip
 
 

@@ -1,0 +1,231 @@
+"""train_ctclip.py as a program: files, ranks, resume after kill -9, gradient cache, FSDP, faults. Tiny volumes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LABELS, ROOT, assert_same_run, report_args, run, start_and_kill, tensors_equal
+
+import common
+import train_ctclip as ctclip
+
+
+def call(*words):
+    """Run in this process: exit code, as run_main gives it."""
+    return common.run_main(lambda: ctclip.main([str(w) for w in words[1:]]))
+
+
+def error_of(capsys) -> str:
+    lines = [x for x in capsys.readouterr().err.strip().splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_reports, tmp_path_factory):
+    """Folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained_ctclip")
+    assert call(*report_args(tiny_reports, folder, "--tensorboard", "--export", folder / "bare.pt")) == 0
+    return folder
+
+
+def last_of(folder) -> dict:
+    return common.load_checkpoint(common.last_files(folder / ctclip.LAST)[0])
+
+
+# ---- runs
+
+
+def test_a_run_writes_what_the_document_lists(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"checkpoint_step_9.pt", "checkpoint_step_8.pt", "checkpoint_step_12.pt", "best_model.pt"} <= names
+    assert len([n for n in names if n.startswith("checkpoint_step_")]) == 3  # the last three
+    assert len([n for n in names if n.startswith("best_step_")]) == 1
+    text = (trained / "training.log").read_text()
+    line = r"Step 7/12 \(Epoch 1\.8\) \| Loss: \d\.\d{4} \| LR: \d\.\de-\d+ \| Time/Step: \d+\.\d\ds \| ETA: \d+s"
+    assert re.search(line + r" \| Elapsed: \d+s", text)
+    records = [json.loads(x) for x in (trained / "results.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [4, 8, 12] and records[0]["n"] == 9
+    for key in ("train_loss", "val_loss", "macro_auroc", "macro_auprc", "macro_f1", "recall_at_5", "first_auroc"):
+        assert key in records[0]
+    best = common.load_checkpoint(trained / "best_model.pt")
+    assert best["class_names"] == LABELS and len(best["thresholds"]) == 3 and "[CLS]" in best["tokenizer"]
+    assert best["metrics"]["macro_auroc"] == max(r["macro_auroc"] for r in records)
+    assert "on all 9 validation cases" in text and len(list((trained / "tensorboard").glob("events*"))) == 1
+
+
+def test_the_export_is_what_the_original_reads(trained, golden):
+    state = torch.load(trained / "bare.pt", weights_only=True)
+    best = common.load_checkpoint(trained / "best_model.pt")["model"]
+    assert tensors_equal(state, best)
+    full = golden.load("keys_ctclip_full")["state"]
+    short = {re.sub(r"(layers?)\.\d+", r"\1.0", k) for k in full}
+    assert {re.sub(r"(layers?)\.\d+", r"\1.0", k) for k in state} == short
+
+
+def test_it_learns_the_training_pairs(tiny_reports, tmp_path):
+    """64 steps on 16 pairs: the loss falls far below ln 8."""
+    words = ["--batch-size", 8, "--max-steps", 64, "--eval-every", 64, "--max-grad-norm", 1.0, "--text", "findings"]
+    assert call(*report_args(tiny_reports, tmp_path, *words)) == 0
+    losses = [float(x) for x in re.findall(r"Loss: ([\d.]+)", (tmp_path / "training.log").read_text())]
+    assert losses[0] > 1.5 and np.mean(losses[-4:]) < 0.9, (losses[0], losses[-4:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_continues_bit_for_bit(tiny_reports, trained, tmp_path, workers):
+    words = report_args(tiny_reports, tmp_path, "--num-workers", workers)
+    start_and_kill(words, 1, 7, tmp_path)
+    assert call(*words, "--resume", "auto") == 0
+    assert_same_run(trained, tmp_path, ctclip)
+
+
+def test_a_named_checkpoint_continues_bit_for_bit(tiny_reports, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "saves")
+    words = report_args(tiny_reports, folder, "--resume", folder / "checkpoint_step_8.pt")
+    (folder / "checkpoint_step_12.pt").unlink()
+    assert call(*words) == 0
+    assert_same_run(trained, folder, ctclip)
+
+
+def test_two_ranks_equal_one_and_resume(tiny_reports, tmp_path):
+    """Global batch of 8: one process, two ranks, two ranks killed and continued; with and without gradient cache."""
+    more = ["--max-steps", 4, "--eval-every", 4, "--save-every", 2, "--label-loss-weight", 0.5, "--dedup-positives"]
+    one, two, cut = tmp_path / "one", tmp_path / "two", tmp_path / "cut"
+    assert call(*report_args(tiny_reports, one, "--batch-size", 8, *more)) == 0
+    words = report_args(tiny_reports, two, "--grad-cache-chunk", 2, "--check-ranks", *more)
+    run(*words, world=2)
+    words = report_args(tiny_reports, cut, "--grad-cache-chunk", 2, "--check-ranks", *more)
+    start_and_kill(words, 2, 2, cut)
+    run(*words, "--resume", "auto", world=2)
+    assert_same_run(two, cut, ctclip)
+    a, b = last_of(one), last_of(two)
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=0, atol=2e-5, msg=name)
+    logs = [json.loads((folder / "results.jsonl").read_text().splitlines()[0]) for folder in (one, two)]
+    assert logs[0]["train_loss"] == pytest.approx(logs[1]["train_loss"], abs=1e-5)
+
+
+def test_fsdp_equals_ddp(tiny_reports, tmp_path):
+    """Split over two ranks: the same training, whole tensors in the file, which either continues."""
+    more = ["--max-steps", 4, "--eval-every", 4, "--save-every", 2, "--grad-checkpointing"]
+    ddp, fsdp, cut = tmp_path / "ddp", tmp_path / "fsdp", tmp_path / "cut"
+    run(*report_args(tiny_reports, ddp, *more), world=2)
+    run(*report_args(tiny_reports, fsdp, "--fsdp", *more), world=2)
+    a, b = last_of(ddp), last_of(fsdp)
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=0, atol=2e-5, msg=name)
+    start_and_kill(report_args(tiny_reports, cut, "--fsdp", *more), 2, 2, cut)
+    run(*report_args(tiny_reports, cut, "--fsdp", *more, "--resume", "auto"), world=2)
+    assert_same_run(fsdp, cut, ctclip)
+
+
+# ---- the gradient of the global batch
+
+
+class Plain(torch.nn.Module):
+    """Nothing but a frame for `forward_backward`."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.model = ctclip.build_model(args, lambda *x: None)
+
+
+def step_of(tiny_reports, tmp_path, micro_sizes, *more):
+    """Loss, gradients and codebook of one step over the first 8 training pairs in micro-batches of the given sizes."""
+    words = report_args(tiny_reports, tmp_path / "none", *more)[1:]
+    args = ctclip.parse_args([str(w) for w in words])
+    train_set, _ = ctclip.build_datasets(args)
+    common.seed_everything(1)
+    model = ctclip.build_model(args, lambda *x: None).train()
+    ctclip.set_trainable(model, args, 0, lambda *x: None)
+    ctx, scaler = common.Context(0, 1, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
+    order, micro_batches = iter(range(8)), []
+    for size in micro_sizes:
+        micro_batches.append(train_set.collate([train_set[(0, next(order))] for _ in range(size)]))
+    common.seed_everything(2)
+    autocast = torch.autocast("cpu", enabled=False)
+    logs = ctclip.forward_backward(model, micro_batches, ctclip.build_criterion(args, train_set), scaler, autocast, ctx)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logs, gradients, {n: b.clone() for n, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("sizes, chunk", [([8], 3), ([4, 4], 4), ([2, 2, 2, 2], 1)])
+def test_gradient_cache_equals_the_plain_loss(tiny_reports, tmp_path, loss, sizes, chunk):
+    more = ["--loss", loss, "--label-loss-weight", 0.5, "--dedup-positives"]
+    # the head's dropout is another for other chunks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctclip.CTCLIP, "classify", lambda self, x: self.classifier(x.relu()))
+        plain = step_of(tiny_reports, tmp_path, [8], "--batch-size", 8, *more)
+        cached = step_of(tiny_reports, tmp_path, sizes, "--grad-cache-chunk", chunk, *more)
+    for name in plain[0]:
+        assert float(cached[0][name]) == pytest.approx(float(plain[0][name]), rel=1e-6), name
+    assert cached[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(cached[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    for name, buffer in plain[2].items():  # the codebook moved once
+        torch.testing.assert_close(cached[2][name], buffer, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gradient_cache_replays_the_random_numbers(tiny_reports, tmp_path, monkeypatch):
+    seen, encode = [], ctclip.encode
+
+    def watched(net, batch):
+        out = encode(net, batch)
+        seen.append({k: v.detach().clone() for k, v in out.items()})
+        return out
+
+    monkeypatch.setattr(ctclip, "encode", watched)
+    step_of(tiny_reports, tmp_path, [4, 4], "--grad-cache-chunk", 4, "--text-dropout", 0.5)
+    first, second = seen[:2], seen[2:]
+    assert len(second) == 2 and tensors_equal(first, second)  # with dropout 0.5, to the last bit
+    assert not torch.equal(first[0]["text"], first[1]["text"])
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--train-data", "absent"], "absent"),
+    (["--prompts", "{} is present."], "--prompts: pairs"),
+    (["--max-text-length", "9999"], "the text encoder reads 512 tokens"),
+    (["--fsdp"], "start with torchrun"),
+    (["--fsdp", "--use-ema"], "--fsdp goes neither with"),
+    (["--vocab", "absent.txt"], "absent.txt: no vocabulary"),
+    (["--pretrained", "absent.pt"], "absent.pt: no such weight file"),
+    (["--max-logit-scale", "0"], "--max-logit-scale must be above 1"),
+    (["--freeze-text", "--freeze-vision"], "leave nothing to train"),
+    (["--label-columns", "first", "fourth"], "column 'fourth' is missing"),
+    (["--text", "impression"], "has a report"),
+    (["--grad-cache-chunk", "-1"], "must not be negative"),
+])  # fmt: skip
+def test_mistakes_get_one_line(tiny_reports, tmp_path, capsys, words, message):
+    assert call(*report_args(tiny_reports, tmp_path / "out", *words)) == 2
+    assert message in error_of(capsys)
+
+
+def test_patients_in_both_splits_are_an_error(tiny_reports, tmp_path, capsys):
+    folder = shutil.copytree(tiny_reports, tmp_path / "data")
+    table = pd.read_csv(folder / "valid" / "volumes.csv")
+    table.loc[0, "patient_id"] = "p3"
+    table.to_csv(folder / "valid" / "volumes.csv", index=False)
+    assert call(*report_args(folder, tmp_path / "out")) == 2
+    assert "patient p3 is in the training data too" in error_of(capsys)
+
+
+def test_unreadable_volumes(tiny_reports, tmp_path, capsys):
+    """fail: one line; skip: listed, and a validation case is reported as missing."""
+    folder = shutil.copytree(tiny_reports, tmp_path / "data")
+    (folder / "train" / "case3.npy").write_bytes(b"no volume")
+    (folder / "valid" / "case17.npy").write_bytes(b"no volume")
+    assert call(*report_args(folder, tmp_path / "out")) == 2
+    assert "case3.npy: damaged" in error_of(capsys)
+    words = ["--on-bad-sample", "skip", "--max-bad-fraction", 0.5, "--max-steps", 4]
+    assert call(*report_args(folder, tmp_path / "skip", *words)) == 0
+    assert pd.read_csv(tmp_path / "skip" / "bad_samples.csv")["id"].tolist() == ["case3"]
+    record = json.loads((tmp_path / "skip" / "results.jsonl").read_text().splitlines()[-1])
+    assert (record["n"], record["n_missing"]) == (8, 1)
