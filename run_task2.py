@@ -1603,6 +1603,7 @@ def rows_of(model, image: np.ndarray, args, ctx) -> np.ndarray:
 def in_threads(work, items: list, n: int):
     """(item, result or UserError) in order, computed up to n ahead; threads, because inflating a file frees the
     interpreter and processes would need shared memory, of which a challenge container has 128 MB."""
+
     def attempt(item):
         try:
             return work(item)

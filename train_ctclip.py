@@ -46,7 +46,8 @@ import common
 from common import CT_RATE_LABELS, Progress, RunLog, StopSignal, TopK, UserError, save_checkpoint, seed_everything
 
 TASK, MONITOR = "ctclip", "macro_auroc"
-SHOWN = ("macro_auroc", "macro_auprc", "recall_at_5")  # of an evaluation, on the console, beside --metrics
+METRICS = ("auroc", "auprc", "f1", "precision", "recall")
+SHOWN = (*(f"macro_{m}" for m in METRICS), "recall_at_5")  # of an evaluation, on the console: those in --metrics
 LOG, RESULTS, LAST = "training.log", "results.jsonl", "checkpoint_step_{step}.pt"
 TOP, BEST = "best_step_{step}.pt", "best_model.pt"
 TENSORBOARD = "tensorboard"
@@ -55,7 +56,6 @@ WANDB_PROJECT = "ctclip"
 FIXED_ARGS = ["model_config", "label_columns", "text", "max_text_length", "vocab_hash", "loss", "weight_decay"]
 FIXED_ARGS += ["use_ema"]
 
-METRICS = ("auroc", "auprc", "f1", "precision", "recall")
 PROMPTS = ["{} is present.", "{} is not present."]  # of the original's zero_shot.py
 UNUSED = (  # parameters that stand in the file and take no part in the loss: frozen, so that DDP need not wait for them
     "text_transformer.pooler.", "to_patch_emb_first_frame.", "to_pixels_first_frame.", "to_pixels.",
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label-loss-weight", type=float, default=0.0, help="weight of the loss of a head for the labels (0: no head)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", "--max-epochs", type=int, help="passes over the training data (instead of --max-steps)")
+    add("--epochs", "--max-epochs", type=int, help="passes over the training data")
     add("--max-steps", type=int, default=10000, help="optimizer steps, instead of --epochs (0: by epochs)")
     add("--batch-size", type=int, default=8, help="samples per process and micro-step")
     add("--accum-steps", "--gradient-accumulation-steps", type=int, default=1, help="micro-steps per step")
@@ -256,8 +256,8 @@ class CTReports(Dataset):
 
     def __init__(self, folder: Path, args, train: bool):
         self.args, self.train, self.class_names = args, train, list(args.label_columns)
-        tables = {name: getattr(args, name) for name in ("reports", "metadata", "labels")}
-        table, self.file = common.ctclip_cases(folder, **tables, label_columns=self.class_names)
+        tables = (args.reports, args.metadata, args.labels)
+        table, self.file = common.ctclip_cases(folder, *tables, self.class_names, args.hu_source)
         texts = np.array([report_text(row, args.text) for row in table.to_dict("records")], dtype=object)
         if train:
             self.n_without_text = int((texts == "").sum())
@@ -318,7 +318,7 @@ class CTReports(Dataset):
                     raise
                 source = (source + 1) % len(self)  # the next row, volume and report together
         return {
-            "volume": torch.from_numpy(np.ascontiguousarray(volume)),
+            "volume": torch.from_numpy(np.array(volume)),
             "input_ids": torch.tensor(self.tokenizer.encode(self.texts[source]).ids),
             "target": torch.from_numpy(self.targets[source]),
             "text_id": torch.tensor(self.text_ids[source]),
@@ -371,8 +371,9 @@ def stratified(targets: np.ndarray, n: int, seed: int) -> np.ndarray:
 def data_file(args, split: str | None = None) -> Path:
     """The table of the cases of a split ("train" or "valid")."""
     folder = args.train_data if (split or args.split) == "train" else args.valid_data
-    tables = {name: getattr(args, name) for name in ("reports", "metadata", "labels")}
-    return common.ctclip_cases(folder, **tables, label_columns=args.label_columns)[1]
+    if folder is None or (folder / "volumes.csv").is_file():
+        return folder and folder / "volumes.csv"
+    return common.ctclip_cases(folder, args.reports, args.metadata, args.labels, args.label_columns)[1]
 
 
 def build_datasets(args):
@@ -485,9 +486,14 @@ class PEG(nn.Module):
         self.dsconv = nn.Conv3d(dim, dim, 3, groups=dim)
 
     def forward(self, x, shape):
-        grid = x.reshape(*shape, -1).permute(0, 4, 1, 2, 3)  # (B, E, T, h, w)
-        grid = self.dsconv(F.pad(grid, (1, 1, 1, 1, 2, 0)))
-        return grid.permute(0, 2, 3, 4, 1).reshape(x.shape)
+        (B, T), out = shape[:2], 0
+        grid = x.reshape(B * T, *shape[2:], -1).permute(0, 3, 1, 2)  # (B * T, E, h, w), channels last
+        for lag in range(min(3, T)):  # three 2-D convolutions: the weight gradient of the 3-D one is slow
+            bias = None if lag else self.dsconv.bias
+            y = F.conv2d(grid, self.dsconv.weight[:, :, 2 - lag], bias, padding=1, groups=grid.shape[1])
+            y = y.permute(0, 2, 3, 1).unflatten(0, (B, T))
+            out = out + F.pad(y[:, : T - lag], (0, 0, 0, 0, 0, 0, lag, 0)) if lag else y
+        return out.reshape(x.shape)
 
 
 class CosineAttention(nn.Module):
@@ -593,7 +599,8 @@ class Codebook(nn.Module):
 
     def forward(self, x, chunk: int = 4096):
         """(..., E) -> rows of the codebook (..., E) float32. The distances exist `chunk` tokens at a time."""
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would choose other rows
+        # bf16 would choose other rows; the meta device, on which FLOPs are counted, knows no autocast
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             x = x.float()
             f, e = F.normalize(x.detach().flatten(0, -2), dim=-1), F.normalize(self.embed[0], dim=-1)
             index = torch.cat([(part @ e.T).argmax(1) for part in f.split(chunk)])  # (n,)
@@ -640,7 +647,10 @@ class CTViT(nn.Module):
         """-> (B, T, h, w, E), before quantisation."""
         p, t = self.patch, self.temporal_patch
         x = image[:, 0].unflatten(3, (-1, p)).unflatten(2, (-1, p)).unflatten(1, (-1, t))  # (B, T, t, h, p, w, p)
-        x = self.to_patch_emb(x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4))  # (B, T, h, w, E)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)  # (B, T, h, w, t * p * p)
+        _, norm, linear, norm_out = self.to_patch_emb
+        weight, bias = linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias  # no second copy of x
+        x = norm_out(F.linear(F.layer_norm(x, norm.normalized_shape), weight, bias))  # (B, T, h, w, E)
         shape = x.shape[:-1]
         B, T, h, w = shape
         x = self.enc_spatial_transformer(x.reshape(B * T, h * w, -1), shape, self.spatial_rel_pos_bias(h, w))
@@ -1079,7 +1089,9 @@ def evaluate(model, dataset, criterion, ctx) -> dict[str, float]:
     match, ids = torch.arange(len(logits)), dataset.text_ids[pairs]
     metrics["val_loss"] = float(F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
     recall = common.recall_at_k(common.retrieval_ranks(text, image, ids, ids), (1, 5, 10)).mean(0)
-    return metrics | {f"recall_at_{k}": float(r) for k, r in zip((1, 5, 10), recall, strict=True)}
+    metrics |= {f"recall_at_{k}": float(r) for k, r in zip((1, 5, 10), recall, strict=True)}
+    left_out = [f"_{m}" for m in METRICS if m not in args.metrics and f"macro_{m}" != args.monitor]
+    return {k: v for k, v in metrics.items() if not k.endswith(tuple(left_out))}
 
 
 # ==== Train ====================================================================================================
@@ -1260,7 +1272,7 @@ def finish(args, ctx, model, val_set, best, log) -> int:
         save_checkpoint(args.output_dir / BEST, checkpoint)
         if args.export:
             common.save_weights(args.export, export_weights(model))
-    shown = " - ".join(f"{k}: {metrics[k]:.4f}" for k in ("val_loss", *SHOWN))
+    shown = " - ".join(f"{k}: {metrics[k]:.4f}" for k in ("val_loss", *SHOWN) if k in metrics)
     log.info(f"best: step {entry['step']}, on all {metrics['n']} validation cases: {shown} -> {args.output_dir / BEST}")
     log.close()
     return 0

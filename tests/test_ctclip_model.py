@@ -61,7 +61,7 @@ def test_parity_in_evaluation(peer, filled, which):
     model, image, ids, mask = filled(which == "outputs_sharp")
     expected, vit = peer[which], model.eval().visual_transformer
     seen = {}
-    for name, module in (("patch_tokens", vit.to_patch_emb), ("spatial_bias", vit.spatial_rel_pos_bias),
+    for name, module in (("patch_tokens", vit.to_patch_emb[3]), ("spatial_bias", vit.spatial_rel_pos_bias),
                          ("spatial_out", vit.enc_spatial_transformer), ("temporal_out", vit.enc_temporal_transformer),
                          ("vq_out", vit.vq["_codebook"]), ("enc_text", model.text_transformer)):  # fmt: skip
         module.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))

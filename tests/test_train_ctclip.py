@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LABELS, ROOT, assert_same_run, report_args, run, start_and_kill, tensors_equal
+from conftest import LABELS, assert_same_run, report_args, run, start_and_kill, tensors_equal
 
 import common
 import train_ctclip as ctclip
