@@ -217,7 +217,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(_rank_and_world()[1] * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x.contiguous())  # torch 2.13: new name
         return out
 
     @staticmethod
