@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab", type=Path, help="vocab.txt or tokenizer.json of the text encoder, or its folder")
     add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
     add("--text-dropout", type=float, help="dropout in the text encoder (that of the preset)")
+    add("--dropout-rate", type=float, default=0.3, help="dropout in the classification head")
     add("--freeze-vq", action="store_true", help="keep the codebook as it is")
     add("--freeze-text", action="store_true", help="train the image side alone")
     add("--freeze-vision", action="store_true", help="train the text side alone; the codebook rests")
@@ -677,7 +678,7 @@ class CTCLIP(nn.Module):
             setattr(self, f"to_visual_latent{name}", nn.Linear(grid * config["dim"], latent, bias=False))
         self.classifier = nn.Linear(latent, config["num_labels"]) if config.get("num_labels") else None
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.get("logit_bias") else None
-        self.max_logit_scale, self.freeze_vq, self.tokenizer = math.inf, False, None
+        self.max_logit_scale, self.dropout_rate, self.freeze_vq, self.tokenizer = math.inf, 0.3, False, None
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not is_unused(name))
 
@@ -700,8 +701,8 @@ class CTCLIP(nn.Module):
         return F.normalize(self.to_text_latent(hidden).float(), dim=-1)
 
     def classify(self, image_features):
-        """Logits (B, K) of the label head (CT-LiPro: ReLU, dropout 0.3, linear)."""
-        return self.classifier(F.dropout(image_features.relu(), 0.3, self.training)).float()
+        """Logits (B, K) of the label head (CT-LiPro: ReLU, dropout, linear)."""
+        return self.classifier(F.dropout(image_features.relu(), self.dropout_rate, self.training)).float()
 
     def forward(self, volume, input_ids, attention_mask):
         image_features = self.encode_image(volume[:, None].float() / 1000)
@@ -778,8 +779,8 @@ def build_model(args, say=print) -> CTCLIP:
         if head is not None and len(head) == len(args.label_columns):
             args.model_config["num_labels"] = len(head)
     model = CTCLIP(args.model_config)
-    model.max_logit_scale, model.freeze_vq = args.max_logit_scale, args.freeze_vq
-    model.tokenizer = tokenizer_of(args).to_str()
+    model.max_logit_scale, model.dropout_rate = args.max_logit_scale, args.dropout_rate
+    model.freeze_vq, model.tokenizer = args.freeze_vq, tokenizer_of(args).to_str()
     for part in model.modules():
         if hasattr(part, "grad_checkpointing"):
             part.grad_checkpointing = args.grad_checkpointing

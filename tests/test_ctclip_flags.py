@@ -195,6 +195,10 @@ def test_label_loss(tiny_reports, tmp_path):
     assert saved["model"]["classifier.weight"].shape == (3, 64) and saved["args"]["model_config"]["num_labels"] == 3
     args, train, _, model = built(tiny_reports, "--label-loss-weight", 0.5)
     batch = train.collate([train[(0, i)] for i in range(4)])
+    head = [built(tiny_reports, "--label-loss-weight", 0.5, "--dropout-rate", x)[3].train() for x in (0, 0.5)]
+    features = torch.ones(2, 64)
+    assert torch.equal(head[0].classify(features)[0], head[0].classify(features)[1])
+    assert not torch.equal(head[1].classify(features)[0], head[1].classify(features)[1])
     loss, logs = ctclip.compute_loss(model.eval(), batch, ctclip.build_criterion(args, train))
     assert loss.item() == pytest.approx((logs["contrastive_loss"] + 0.5 * logs["label_loss"]).item())
     expected = common.bce_loss(
@@ -214,7 +218,9 @@ def test_weight_decay_spares_norms_biases_scales_and_positions(tiny_reports):
     args, *_, model = built(tiny_reports, "--weight-decay", 0.2)
     optimizer = ctclip.build_optimizer(model, args)
     names = {id(p): n for n, p in model.named_parameters()}
-    by_decay = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    by_decay = {}
+    for group in optimizer.param_groups:
+        by_decay.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
     assert by_decay.keys() == {0.0, 0.2} and "to_visual_latent.weight" in by_decay[0.2]
     spared = {"temperature", "text_transformer.embeddings.position_embeddings.weight"}
     assert spared <= by_decay[0.0] and all(
