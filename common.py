@@ -688,6 +688,13 @@ def checkpointed(module: nn.Module, *inputs) -> torch.Tensor:
 
     Not in the reentrant form, which would give no gradient above a frozen stem.
     """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return _checkpointed_with_statistics(module, *inputs)
+
+
+@torch.compiler.disable  # torch.compile cannot trace a context_fn
+def _checkpointed_with_statistics(module: nn.Module, *inputs) -> torch.Tensor:
     contexts = lambda: (contextlib.nullcontext(), _still_statistics(module))  # noqa: E731
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -800,9 +807,9 @@ def is_split(model: nn.Module) -> bool:
 
 
 def whole(value):
-    """Nested values, with what is split over the ranks put together; then all ranks must call it."""
+    """Nested values, with what is split over the ranks put together, in CPU memory; then all ranks must call it."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().cpu() if value.ndim else value.full_tensor()
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     return type(value)(map(whole, value)) if isinstance(value, (list, tuple)) else value
@@ -1052,7 +1059,8 @@ def last_files(path: Path) -> list[Path]:
     if "{step}" in path.name:
         name = re.compile(r"\d+".join(map(re.escape, path.name.split("{step}"))))
         found = [p for p in path.parent.glob("*") if name.fullmatch(p.name)]
-        return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+        step = lambda p: int(re.findall(r"\d+", p.name)[-1])  # noqa: E731
+        return sorted(found, key=lambda p: (p.stat().st_mtime_ns, step(p)), reverse=True)
     return [p for p in (path, previous_of(path)) if p.exists()]
 
 
@@ -1088,6 +1096,8 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
                 f"{args.output_dir}: holds another run than {args.resume} (continue that in another --output-dir; "
                 "--overwrite gives this one up)"
             )
+        with contextlib.suppress(OSError):
+            os.utime(args.resume)  # from here the run goes on: `auto` must not go back to a later, given up one
     elif not here:
         return None
     else:
@@ -1137,7 +1147,7 @@ class TopK:
     def add(self, score: float, step: int, name: str, checkpoint: dict, master: bool) -> bool:
         """Enter a model; an undefined (NaN) score ranks below every number. Returns whether it is the new best."""
         entry = {"score": score, "step": step, "path": name}
-        if any(e["path"] == name and e["score"] > score for e in self.entries):
+        if any(e["path"] == name and (e["score"] > score or math.isnan(score)) for e in self.entries):
             return False  # of two evaluations in one epoch, where the name has the epoch alone
         ranked = [e for e in self.entries if e["path"] != name] + [entry]
         ranked.sort(key=lambda e: (-math.inf if math.isnan(e["score"]) else e["score"], -e["step"]), reverse=True)
@@ -1979,7 +1989,8 @@ def ctclip_volume(
     )  # fmt: skip
     grid = volume.array.shape if cached else CTCLIP_SIZE
     if len(size) != 3 or any(n < 1 or whole % n for n, whole in zip(size, grid, strict=True)):
-        raise UserError(f"{path}: size {tuple(size)} does not divide {grid} by whole numbers")
+        hint = "another --preset, or prepare_ct.py ctclip --size" if cached else "another --size"
+        raise UserError(f"{path}: size {tuple(size)} does not divide {grid} by whole numbers ({hint})")
     if cached:
         if grid == tuple(size):
             return volume.array, volume.notes
@@ -2379,14 +2390,15 @@ def parse_with_config(parser: argparse.ArgumentParser, argv=None) -> argparse.Na
     if paths is None:
         return parser.parse_args(argv)
     flags = {o.lstrip("-").replace("-", "_"): action for action in parser._actions for o in action.option_strings}
-    words = []
+    words = {}
     for path, key, value in [(file, *leaf) for file in paths for leaf in _read_config(Path(file))]:
         action = flags.get(key.replace("-", "_"))
         if action is None:
             near = difflib.get_close_matches(key.replace("-", "_"), flags, 1, 0.5)
             raise UserError(f"{path}: unknown key '{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
-        words += _as_words(action, value)
-    return parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
+        words[action.dest] = _as_words(action, value)
+    given = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([*(word for some in words.values() for word in some), *given])
 
 
 def _read_config(path: Path) -> list[tuple[str, object]]:

@@ -53,8 +53,7 @@ TOP, BEST = "best_step_{step}.pt", "best_model.pt"
 TENSORBOARD = "tensorboard"
 WANDB_PROJECT = "ctclip"
 # A checkpoint can only be continued or evaluated with these as they were.
-FIXED_ARGS = ["model_config", "label_columns", "text", "max_text_length", "vocab_hash", "loss", "weight_decay"]
-FIXED_ARGS += ["use_ema"]
+FIXED_ARGS = ["model_config", "label_columns", "text", "max_text_length", "loss", "weight_decay", "use_ema"]
 
 PROMPTS = ["{} is present.", "{} is not present."]  # of the original's zero_shot.py
 UNUSED = (  # parameters that stand in the file and take no part in the loss: frozen, so that DDP need not wait for them
@@ -158,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-samples", type=int, default=200, help="validation cases while training (0: all); at the end all")
     add("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="pairs of prompts: present, absent, with {}")
     add("--zero-shot", action="store_true", help="score by prompts also where the model has a head for the labels")
-    add("--split", choices=["train", "valid"], default="valid", help="split that is scored")
 
     add = parser.add_argument_group("checkpoint").add_argument
     add("--output-dir", type=Path, default=Path("saves"), help="folder of the run")
@@ -189,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv=None) -> argparse.Namespace:
     args = common.parse_with_config(build_parser(), argv)
-    args.model_config, args.tokenizer = None, None
+    args.model_config, args.tokenizer, args.split = None, None, "valid"
     args.epochs, args.max_steps = (args.epochs, 0) if args.epochs is not None else (1, args.max_steps)
     common.check_positive(args)
     for name in ("grad_cache_chunk", "eval_samples", "label_loss_weight"):
@@ -212,18 +210,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.pretrained is None:
         args.pretrained = "none"
         if args.preset == "ctclip-v2" and not args.text_pretrained:
-            hint = ", or 'none' for random weights"
-            args.pretrained = str(look_for("--pretrained", weights, ["CT-CLIP_v2.pt"], hint))
-    args.vocab_hash = hashlib.sha256(common.load_tokenizer(args.vocab).to_str().encode()).hexdigest()[:16]
+            args.pretrained = str(look_for("--pretrained", weights, ["CT-CLIP_v2.pt"]))
+    if args.convert and args.pretrained == "none":
+        raise UserError("--convert: no --pretrained to convert")
     return args
 
 
-def look_for(flag: str, root: Path | None, names: list[str], hint: str = "") -> Path:
+def look_for(flag: str, root: Path | None, names: list[str]) -> Path:
     """The first of `names` that is in `root`, in place of a flag that was not given."""
     found = next((root / name for name in names if (root / name).exists()), None) if root else None
     if found is None:
-        where = f"; {root} has neither of {', '.join(names)}" if root else ""
-        raise UserError(f"{flag} is missing ({build_parser()._option_string_actions[flag].help}{hint}{where})")
+        where = f"; there is no {', '.join(str(root / name) for name in names)}" if root else ""
+        raise UserError(f"{flag} is missing ({build_parser()._option_string_actions[flag].help}{where})")
     return found
 
 
@@ -260,8 +258,8 @@ class CTReports(Dataset):
         tables = (args.reports, args.metadata, args.labels)
         table, self.file = common.ctclip_cases(folder, *tables, self.class_names, args.hu_source)
         texts = np.array([report_text(row, args.text) for row in table.to_dict("records")], dtype=object)
+        self.n_without_text = int((texts == "").sum()) if train else 0
         if train:
-            self.n_without_text = int((texts == "").sum())
             table, texts = table[texts != ""].reset_index(drop=True), texts[texts != ""]
             if not len(table):
                 raise UserError(f"{self.file}: no volume of {folder} has a report (--text {args.text})")
@@ -269,7 +267,7 @@ class CTReports(Dataset):
         self.ids, self.groups, self.paths = (table[c].tolist() for c in ("series_id", "patient_id", "img_path"))
         self.targets = common.label_array(table, self.class_names, self.file)  # (n, K)
         self.text_ids = np.unique(texts.astype(str), return_inverse=True)[1]
-        self.size = tuple(args.model_config["size"])
+        self.size = tuple(settled_config(args)["size"])
         self.tokenizer = tokenizer_of(args)
         self.tokenizer.enable_truncation(args.max_text_length)
 
@@ -291,7 +289,7 @@ class CTReports(Dataset):
             volume = self.load(0)
         except UserError as e:
             return str(e)
-        kind = "cached" if volume.dtype == np.int16 else "preprocessed while training"
+        kind = "cached" if str(self.paths[0]).endswith(".npy") else "preprocessed while training"
         n_tokens = len(self.tokenizer.encode(self.texts[0]).ids)
         text = f"{self.ids[0]}, {kind}, {volume.min():.0f} to {volume.max():.0f} HU, {n_tokens} tokens"
         return text + (f"; {self.n_without_text} volumes without a report are left out" if self.n_without_text else "")
@@ -378,7 +376,6 @@ def data_file(args, split: str | None = None) -> Path:
 
 
 def build_datasets(args):
-    prepare_config(args)
     train_set, val_set = CTReports(args.train_data, args, True), CTReports(args.valid_data, args, False)
     shared = set(train_set.groups) & set(val_set.groups)
     if shared:
@@ -386,10 +383,22 @@ def build_datasets(args):
     missing = [p for d in (train_set, val_set) for p in d.paths if not Path(p).exists()]
     if missing and args.on_bad_sample == "fail":
         raise UserError(f"{missing[0]}: no such volume ({len(missing)} of the tables' are missing)")
+    both = (val_set.targets == 0).any(0) & (val_set.targets == 1).any(0)
+    if args.monitor.startswith("macro_") and not both.any():
+        raise UserError(
+            f"{val_set.file}: no case with and without any of {', '.join(args.label_columns[:3])} ..., so --monitor "
+            f"{args.monitor} is undefined (--labels, --label-columns, or --monitor recall_at_5)"
+        )
+    if args.label_loss_weight and np.isnan(train_set.targets).all():
+        raise UserError(f"{train_set.file}: no labels for --label-loss-weight (--labels, --label-columns)")
+    if args.on_bad_sample == "fail":
+        train_set.load(0)  # of another size, for example
     return train_set, val_set
 
 
 def build_eval_dataset(args) -> CTReports:
+    if args.split not in ("train", "valid"):
+        raise UserError(f"--split {args.split}: there are train and valid (--train-data, --valid-data)")
     folder = args.train_data if args.split == "train" else args.valid_data
     if folder is None:
         raise UserError(f"--{args.split}-data is missing (the checkpoint was made without data)")
@@ -608,7 +617,7 @@ class Codebook(nn.Module):
             if self.training and torch.is_grad_enabled():
                 if self.sums is None:
                     self.bins, self.sums = e.new_zeros(len(e)), torch.zeros_like(e)
-                self.bins += torch.bincount(index, minlength=len(e))
+                self.bins.index_add_(0, index, torch.ones_like(f[:, 0]))
                 self.sums.index_add_(0, index, f)
             return self.embed[0][index].view_as(x) + (x - x.detach())
 
@@ -750,33 +759,36 @@ def export_weights(model: CTCLIP) -> dict:
     return {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(own)}
 
 
-def prepare_config(args) -> None:
-    """Settle args.model_config by --preset, --vocab and the loss."""
-    n_words = tokenizer_of(args).get_vocab_size()
+def settled_config(args) -> dict:
+    """The sizes of the model: of the run that is continued, or by --preset, --vocab and the loss."""
+    tokenizer = tokenizer_of(args)
+    n_words, vocab_hash = tokenizer.get_vocab_size(), hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    config = deepcopy(args.model_config or PRESETS[args.preset])
+    bert = config["bert"]
+    bert["dropout"] = bert["dropout"] if args.text_dropout is None else args.text_dropout
     if args.model_config is None:
-        config = deepcopy(PRESETS[args.preset])
-        config["bert"]["vocab"] = config["bert"]["vocab"] or n_words
-        if args.text_dropout is not None:
-            config["bert"]["dropout"] = args.text_dropout
-        if args.loss == "siglip":
-            config |= {"logit_bias": True}
+        bert["vocab"], config["vocab_hash"] = bert["vocab"] or n_words, vocab_hash
         config["size"] = list(config["size"])  # as it comes back from a checkpoint
         config["num_labels"] = len(args.label_columns) if args.label_loss_weight else 0
-        args.model_config = config
-    bert = args.model_config["bert"]
-    if n_words > bert["vocab"]:
+        config["logit_bias"] = args.loss == "siglip"
+    if config["vocab_hash"] != vocab_hash:
+        raise UserError(f"{args.vocab}: not the vocabulary of the run that is continued")
+    given = args.pretrained != "none" or args.text_pretrained  # weights know what a number means
+    if n_words > bert["vocab"] or (given and n_words < 0.9 * bert["vocab"]):
         raise UserError(f"{args.vocab}: has {n_words} words, the text encoder {bert['vocab']} (--vocab of the weights)")
     if args.max_text_length > bert["positions"]:
         raise UserError(f"--max-text-length {args.max_text_length}: the text encoder reads {bert['positions']} tokens")
+    if args.label_loss_weight and not config["num_labels"]:
+        raise UserError("--label-loss-weight: the run that is continued has no head for the labels")
+    return config
 
 
 def build_model(args, say=print) -> CTCLIP:
-    prepare_config(args)
-    state = None
-    if args.pretrained != "none":
+    state, fresh, args.model_config = None, args.model_config is None, settled_config(args)
+    if fresh and args.pretrained != "none":
         state = clip_weights(common.load_weights(args.pretrained), args.pretrained)
         head = state.get("classifier.weight")
-        if head is not None and len(head) == len(args.label_columns):
+        if head is not None and len(head) == len(CT_RATE_LABELS) and args.label_columns == CT_RATE_LABELS:
             args.model_config["num_labels"] = len(head)
     model = CTCLIP(args.model_config)
     model.max_logit_scale, model.dropout_rate = args.max_logit_scale, args.dropout_rate
@@ -787,9 +799,9 @@ def build_model(args, say=print) -> CTCLIP:
     if state is not None:
         new = ("classifier.", "logit_bias")
         common.apply_weights(model, state, args.pretrained, new, args.allow_partial, say)
-    else:
+    elif fresh:
         say(f"model: {args.preset}, random weights, {args.model_config}")
-    if args.text_pretrained:
+    if fresh and args.text_pretrained:
         state = {k.removeprefix("bert."): v for k, v in common.load_weights(args.text_pretrained).items()}
         common.apply_weights(model.text_transformer, state, args.text_pretrained, ("pooler.",), args.allow_partial, say)
     return model
@@ -862,7 +874,7 @@ def build_criterion(args, train_set):
 def build_optimizer(model, args):
     """AdamW with the original's betas, over what is trained; no decay for norms, biases, scales and positions."""
     if args.fsdp:
-        split_over_ranks(model)
+        split_over_ranks(model, args)
     groups = {}
     for name, p in model.named_parameters():
         if not is_unused(name):
@@ -877,15 +889,18 @@ def can_be_split(name: str) -> bool:
     return ".layer" in name or name.startswith("to_visual_latent")
 
 
-def split_over_ranks(model) -> None:
+def split_over_ranks(model, args) -> None:
     """FSDP2: each rank keeps a part of every block and of the latent projections; the small rest stays whole."""
     if not dist.is_initialized():
         raise UserError("--fsdp splits the model over ranks, and there is one (start with torchrun)")
+    if autocast_of(args, model.temperature.device)[1].is_enabled():
+        raise UserError("--fsdp goes with --amp bf16 or none (the scaler of fp16 takes whole gradients only)")
     mesh = init_device_mesh(model.temperature.device.type, (dist.get_world_size(),))
     layers = [*model.text_transformer.encoder["layer"], *model.visual_transformer.enc_spatial_transformer.layers]
     layers += [*model.visual_transformer.enc_temporal_transformer.layers]
     for part in [*layers, model.to_visual_latent, model.to_visual_latent_extra]:
-        fully_shard(part, mesh=mesh, ignored_params={p for p in part.parameters() if not p.numel()})
+        empty = {p for p in part.parameters() if not p.numel()}
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
 
 
 def whole_model(model, args) -> CTCLIP:
@@ -1022,7 +1037,7 @@ def prompt_features(model, args, device) -> torch.Tensor:
     """(K, 2, E) L2-normalised: each finding present and absent, the mean over the pairs of --prompts."""
     tokenizer, found = tokenizer_of(args), []
     for pair in prompt_pairs(args):
-        texts = [prompt.format(name) for name in args.label_columns for prompt in pair]
+        texts = [prompt.replace("{}", name) for name in args.label_columns for prompt in pair]
         batch = pad_ids([torch.tensor(tokenizer.encode(text).ids) for text in texts])
         found.append(model.encode_text(**to_device(batch, device)).unflatten(0, (-1, 2)))
     return F.normalize(torch.stack(found).mean(0), dim=-1)
@@ -1042,12 +1057,15 @@ def predict(model, dataset, ctx, say=None) -> dict:
     loader = common.data_loader(dataset, [[(0, i) for i in b] for b in batches], args, ctx)
     by_head, rows = model.classifier is not None and not args.zero_shot, []
     with common.eval_threads(ctx.device), autocast_of(args, ctx.device)[0]:
-        prompts = prompt_features(model, args, ctx.device)
+        prompts = prompt_features(model, args, ctx.device).float()
         scale = model.temperature.exp().float()
         for batch in tqdm(loader, desc=say, leave=False, disable=None if say and ctx.master else True):
             out = encode(model, to_device(batch, ctx.device))
-            cosine = torch.einsum("be,kpe->bkp", out["image"], prompts.float())
-            logits = model.classify(out["image"]) if by_head else scale * (cosine[..., 0] - cosine[..., 1])  # (B, K)
+            with torch.autocast(ctx.device.type, enabled=False):  # the difference of two cosines is small
+                cosine = torch.einsum("be,kpe->bkp", out["image"], prompts)
+                logits = (
+                    model.classify(out["image"]) if by_head else scale * (cosine[..., 0] - cosine[..., 1])
+                )  # (B, K)
             parts = [batch["bad"][:, None].float(), logits.float().cpu(), out["image"].cpu(), out["text"].cpu()]
             rows.append(torch.cat(parts, 1))
     rows = common.gather_rows(torch.cat(rows), torch.tensor(batches).flatten(), ctx)  # (n, 1 + K + 2 E)
@@ -1073,16 +1091,21 @@ def predict(model, dataset, ctx, say=None) -> dict:
 
 
 def evaluate(model, dataset, criterion, ctx) -> dict[str, float]:
-    """Metrics of findings and of retrieval over --eval-samples cases; the same on every rank.
-
-    val_loss: softmax loss of the pairs as one batch, whatever the training loss; recall_at_k: of a report's own volume
-    (or one with the same report) among all of them.
-    """
+    """`metrics_of` the --eval-samples cases; the same on every rank."""
     model.eval()
     args = dataset.args
     if 0 < args.eval_samples < len(dataset):
         dataset = dataset.subset(stratified(dataset.targets, args.eval_samples, args.seed))
-    out = predict(model, dataset, ctx, "evaluation")
+    return metrics_of(predict(model, dataset, ctx, "evaluation"), dataset)
+
+
+def metrics_of(out: dict, dataset) -> dict[str, float]:
+    """Metrics of findings and of retrieval of what `predict` returned.
+
+    val_loss: softmax loss of the pairs as one batch, whatever the training loss; recall_at_k: of a report's own volume
+    (or one with the same report) among all of them.
+    """
+    args = dataset.args
     read = np.isfinite(out["probs"]).all(1)
     if not read.any():
         raise UserError("no volume of the validation data could be read")
@@ -1268,10 +1291,9 @@ def finish(args, ctx, model, val_set, best, log) -> int:
         raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, checkpoint = best.entries[0], best.memory[best.entries[0]["path"]]
     model = build_eval_model({**checkpoint, "ema": None}, args, ctx.device)
-    val_set.args = argparse.Namespace(**{**vars(args), "eval_samples": 0})
-    metrics = evaluate(model, val_set, None, ctx)
+    out = predict(model, val_set, ctx, "evaluation")
+    metrics = metrics_of(out, val_set)
     checkpoint["metrics"] = {k: float(v) for k, v in metrics.items()}
-    out = predict(model, val_set, ctx, "thresholds")
     read = np.isfinite(out["probs"]).all(1)
     checkpoint["thresholds"] = common.f1_thresholds(val_set.targets[read], out["probs"][read]).tolist()
     if ctx.master:

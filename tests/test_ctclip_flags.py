@@ -80,7 +80,7 @@ def test_roots_lead_to_data_weights_and_vocabulary(tiny_reports, tmp_path):
         ctclip.parse_args(["--ct-rate-root", str(root), "--weights-root", str(weights)])
     args = ctclip.parse_args(["--DATA_ROOT", str(root), "--WEIGHTS_ROOT", str(weights), "--preset", "tiny"])
     assert args.pretrained == "none"
-    with pytest.raises(common.UserError, match="--train-data is missing .*neither of train_fixed, train"):
+    with pytest.raises(common.UserError, match="--train-data is missing .*there is no .*train_fixed, .*train"):
         ctclip.parse_args(["--DATA_ROOT", str(weights), "--WEIGHTS_ROOT", str(weights)])
 
 
@@ -90,7 +90,6 @@ def test_reports_metadata_and_labels_of_a_tree_are_used(tiny_reports, tmp_path, 
     args = parsed(
         tiny_reports, "--reports", "r.csv", "s.csv", "--metadata", "m.csv", "--labels", "l.csv", "--hu-source", "csv"
     )
-    ctclip.prepare_config(args)
     with pytest.raises(KeyError):
         ctclip.CTReports(args.train_data, args, True)
     assert seen[0][1:] == ([Path("r.csv"), Path("s.csv")], [Path("m.csv")], [Path("l.csv")], LABELS, "csv")
@@ -103,7 +102,7 @@ def test_presets_and_text_dropout(tiny_reports):
     *_, tiny = built(tiny_reports, "--text-dropout", 0.3)
     assert tiny.text_transformer.dropout == 0.3 == tiny.text_transformer.encoder["layer"][0].dropout
     args = parsed(tiny_reports, "--preset", "small", "--pretrained", "none")
-    ctclip.prepare_config(args)
+    args.model_config = ctclip.settled_config(args)
     assert args.model_config["size"] == [120, 240, 240] and args.model_config["bert"]["vocab"] == 46
 
 
@@ -182,7 +181,6 @@ def test_dedup_positives(tiny_reports):
     ]
     assert losses[1].item() == pytest.approx(sum(by_hand).item() / 2, rel=1e-5) and losses[0] != losses[1]
     args = parsed(tiny_reports)
-    ctclip.prepare_config(args)
     train = ctclip.CTReports(args.train_data, args, True)
     assert train.text_ids[1] != train.text_ids[9]  # "case 1" with other findings
     train = ctclip.CTReports(args.train_data, args, True)

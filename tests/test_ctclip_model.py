@@ -193,6 +193,37 @@ def test_bf16_stays_near_fp32(filled):
     torch.testing.assert_close(text, exact, atol=0.02, rtol=0)
 
 
+def test_recomputed_blocks_compile(filled):
+    """--compile and --grad-checkpointing together, as on a GPU, and a block with batch norm."""
+    model, image, ids, mask = filled(False)
+    losses = []
+    for compiled in (False, True):
+        for part in model.modules():
+            if hasattr(part, "grad_checkpointing"):
+                part.grad_checkpointing = compiled
+        if compiled:
+            model.compile(backend="aot_eager")
+        model.train().zero_grad()
+        out = model(1000 * image[:, 0], ids, mask)
+        loss = common.clip_loss(out["image"], out["text"], out["logit_scale"])
+        loss.backward()
+        losses.append((loss.item(), model.to_visual_latent.weight.grad.norm().item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    class Recomputed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            return common.checkpointed(self.block, x)
+
+    block = Recomputed()
+    torch.compile(block, backend="eager")(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert block.block[1].num_batches_tracked == 1
+    torch.compiler.reset()
+
+
 def test_flops_are_counted():
     args = ctclip.build_parser().parse_args(["--preset", "tiny"])
     args.model_config = {**ctclip.PRESETS["tiny"], "bert": {**ctclip.PRESETS["tiny"]["bert"], "vocab": 100}}
@@ -242,6 +273,15 @@ def test_every_form_of_the_weights_loads(tiny, form, capsys):
     args = ctclip.args_from_checkpoint(saved)
     model = ctclip.build_eval_model(saved, args, torch.device("cpu"))
     assert not model.training and ctclip.tokenizer_of(args).encode("a b").ids == [2, 5, 6, 3]
+
+
+def test_a_head_is_only_taken_for_its_own_labels(tiny):
+    """18 numbers without names: CT-LiPro's are those of CT-RATE, in its order."""
+    folder, line, state = tiny
+    torch.save(WRAPPED["lipro"](state), folder / "lipro.pt")
+    labels = ["--label-columns", *reversed(common.CT_RATE_LABELS)]
+    assert ctclip.main([*line, "--pretrained", str(folder / "lipro.pt"), *labels]) == 0
+    assert "classifier.weight" not in common.load_checkpoint(folder / "converted.pt")["model"]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -365,8 +365,9 @@ def test_siglip_keeps_features_only():
     image, text = torch.randn(64, 16).requires_grad_(), torch.randn(512, 16).requires_grad_()
     scalars = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     features = image.numel() + text.numel()
-    kept = saved_elements(lambda *x: common._SigmoidLoss.apply(*x, 0, 16), image, text, *scalars)
-    assert features <= kept <= features + 2
+    ids = torch.arange(64), torch.arange(512)
+    kept = saved_elements(lambda *x: common._SigmoidLoss.apply(*x, *ids, 16), image, text, *scalars)
+    assert features <= kept <= features + 2 + 64 + 512
     naive = saved_elements(lambda i, t, s, b: F.softplus(s * i @ t.T + b).sum(), image, text, *scalars)
     assert naive > 64 * 512  # the same count does see what autograd would keep
 

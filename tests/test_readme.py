@@ -20,6 +20,7 @@ import common
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
 CUTS = {"--n 500": "--n 60", "--epochs 20": "--epochs 1", "--epochs 8": "--epochs 1"}
+CUTS |= {"--n 1000": "--n 60", "--max-steps 600": "--max-steps 8"}
 DEMO = {"DEMO_N": "60", "DEMO_EPOCHS": "1"}
 FENCE = re.compile(
     r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -36,6 +37,7 @@ def after_all_commands(tmp_path_factory):
     copy.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, copy)
+    shutil.copytree(ROOT / "configs", copy / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
         for name, value in DEMO.items() | {("OMP_NUM_THREADS", "1")}:

@@ -87,9 +87,52 @@ def test_a_killed_run_continues_bit_for_bit(tiny_reports, trained, tmp_path, wor
 def test_a_named_checkpoint_continues_bit_for_bit(tiny_reports, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "saves")
     words = report_args(tiny_reports, folder, "--resume", folder / "checkpoint_step_8.pt")
-    (folder / "checkpoint_step_12.pt").unlink()
     assert call(*words) == 0
     assert_same_run(trained, folder, ctclip)
+
+
+def test_what_a_resumed_run_goes_on_from(tiny_reports, trained, tmp_path, capsys):
+    """A named checkpoint comes before later ones; --pretrained is not needed again; another vocabulary is told."""
+    folder = shutil.copytree(trained, tmp_path / "saves")
+    args = ctclip.parse_args([str(w) for w in report_args(tiny_reports, folder)[1:]])
+    args.resume = str(folder / "checkpoint_step_8.pt")
+    assert common.find_resume(args, ctclip.LAST)["state"]["step"] == 8
+    args.resume = "auto"
+    assert common.find_resume(args, ctclip.LAST)["state"]["step"] == 8
+    (folder / "checkpoint_step_8.pt").write_bytes(b"damaged")
+    assert common.find_resume(args, ctclip.LAST)["state"]["step"] == 12  # with a warning
+    assert "continuing from" in capsys.readouterr().err
+    for name in ("checkpoint_step_8.pt", "checkpoint_step_12.pt"):
+        (folder / name).unlink()
+    more = ["--resume", "--pretrained", tmp_path / "gone.pt"]
+    assert call(*report_args(tiny_reports, folder, *more)) == 0
+    capsys.readouterr()
+    (tmp_path / "vocab.txt").write_text((tiny_reports / "vocab.txt").read_text().replace("first", "erst"))
+    assert call(*report_args(tiny_reports, folder, "--resume", "--vocab", tmp_path / "vocab.txt")) == 2
+    assert "not the vocabulary of the run" in error_of(capsys)
+    assert call(*report_args(tiny_reports, folder, "--resume", "--label-loss-weight", 1)) == 2
+    assert "has no head for the labels" in error_of(capsys)
+
+
+def test_the_vocabulary_must_be_that_of_the_weights(tiny_reports, trained, tmp_path, capsys):
+    (tmp_path / "vocab.txt").write_text("\n".join((tiny_reports / "vocab.txt").read_text().split("\n")[:20]) + "\n")
+    more = ["--pretrained", trained / "bare.pt", "--vocab", tmp_path / "vocab.txt", "--preset", "ctclip-v2"]
+    assert call(*report_args(tiny_reports, tmp_path / "out", *more)) == 2
+    assert "has 20 words, the text encoder 30522" in error_of(capsys)
+
+
+def test_scores_in_bf16_are_those_of_its_features(tiny_reports, trained):
+    """The difference of two cosines is formed in float32."""
+    saved = common.load_checkpoint(trained / "best_model.pt")
+    args = ctclip.args_from_checkpoint(saved, amp="bf16")
+    model, data = ctclip.build_eval_model(saved, args, torch.device("cpu")), ctclip.build_eval_dataset(args)
+    ctx = common.Context(0, 1, torch.device("cpu"))
+    out = ctclip.predict(model, data, ctx)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        prompts = ctclip.prompt_features(model, args, ctx.device).float()
+    cosine = torch.einsum("be,kpe->bkp", torch.from_numpy(out["image_features"]), prompts)
+    expected = (out["logit_scale"] * (cosine[..., 0] - cosine[..., 1])).sigmoid()
+    np.testing.assert_allclose(out["probs"], expected, atol=1e-6)
 
 
 def assert_same_gradients(a, b):
@@ -190,6 +233,10 @@ def test_gradient_cache_replays_the_random_numbers(tiny_reports, tmp_path, monke
 @pytest.mark.parametrize("words, message", [
     (["--train-data", "absent"], "absent"),
     (["--prompts", "{} is present."], "--prompts: pairs"),
+    (["--label-columns", "fourth"], "so --monitor macro_auroc is undefined"),
+    (["--label-columns", "fourth", "--monitor", "val_loss", "--label-loss-weight", "1"], "no labels for --label-loss"),
+    (["--preset", "small"], "does not divide (24, 96, 96) by whole numbers (another --preset"),
+    (["--convert", "x.pt"], "--convert: no --pretrained to convert"),
     (["--max-text-length", "9999"], "the text encoder reads 512 tokens"),
     (["--fsdp"], "start with torchrun"),
     (["--fsdp", "--use-ema"], "--fsdp goes neither with"),
