@@ -318,7 +318,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         same_data = False
     if same_data and task_args.split == saved["args"]["split"]:
         own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed)
-        if own and saved["task"] in WITH_FEATURES:
+        if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
             own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
         chosen = "the model and its thresholds" if own else "the model"
         notes.append(

@@ -163,11 +163,13 @@ def numbers(results):
 # ---- zero-shot ----
 
 
-def test_zero_shot_and_prompts(score):
+def test_zero_shot_and_prompts(score, world):
     """They reach the script; thresholds of other probabilities are not used; only a change is said."""
-    plain = score("head.pt")
-    assert plain["evaluated"] == "head.pt" and plain["per_label"][NAMES[0]]["threshold"] == 0.25
-    assert "chose the model and its thresholds" in plain["notes"][0]
+    other = score("head.pt", "--valid-data", world / "test.csv")
+    assert other["per_label"][NAMES[0]]["threshold"] == 0.25 and other["notes"] == []
+    plain = score("head.pt")  # on the cases by which training fitted 0.25
+    assert plain["evaluated"] == "head.pt" and plain["per_label"][NAMES[0]]["threshold"] == 0.5
+    assert "fitted on these cases" in plain["thresholds_source"] and "chose the model:" in plain["notes"][0]
     prompted = score("head.pt", "--zero-shot")
     assert prompted["evaluated"] == "head.pt, zero-shot" and prompted["per_label"][NAMES[0]]["threshold"] == 0.5
     assert prompted["thresholds_source"] == "0.5 (default); the checkpoint's belong to other probabilities"
@@ -567,8 +569,12 @@ def untrained(tiny_reports, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("untrained") / "model.pt"
     words = ["--preset", "tiny", "--pretrained", "none", "--vocab", tiny_reports / "vocab.txt", "--label-columns"]
-    words += [*LABELS, "--label-loss-weight", 1, "--batch-size", 4, "--num-workers", 0, "--convert", path]
-    assert train_ctclip.main([str(w) for w in words]) == 0
+    words += [*LABELS, "--label-loss-weight", 1, "--batch-size", 4, "--num-workers", 0]
+    words += ["--train-data", "none", "--valid-data", "none"]
+    args = train_ctclip.parse_args([str(w) for w in words])
+    args.train_data = args.valid_data = None
+    model = train_ctclip.build_model(args, lambda *x: None)
+    common.save_checkpoint(path, common.model_checkpoint("ctclip", args, model, {}))
     return path
 
 
