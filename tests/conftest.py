@@ -232,7 +232,12 @@ def shell_env() -> dict:
     """Environment for shell scripts in which `python`, `python3` and `torchrun` are those that run the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     names = ("CSV_FILE", "PRETRAINED_PATH", "OUTPUT_BASE_DIR", "NUM_GPUS", "SEED", "WANDB_MODE", "WANDB_API_KEY")
-    return {k: v for k, v in os.environ.items() if k not in names} | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    own = {
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PET_MASTER_PORT": str(free_port()),
+    }  # torchrun's own port may be taken
+    return {k: v for k, v in os.environ.items() if k not in names} | own
 
 
 def real_slices(shared: Path, folder: Path) -> Path:

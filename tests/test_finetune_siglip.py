@@ -111,6 +111,7 @@ def test_test_only_needs_the_checkpoint_and_the_csv(tiny_ct, tmp_path, capsys):
 # ---- many processes
 
 
+@pytest.mark.slow  # test_evaluate.py has the same for evaluate.py
 def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_ct, tmp_path):
     """7 cases, batches of 4: not divisible by anything."""
     assert call(*tiny_args(tiny_ct, tmp_path / "run", "--epochs", 1)) == 0
@@ -157,7 +158,10 @@ def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
 # ---- resume
 
 
-@pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), (2, (2, 0), (5, 14))])
+TWO_RANKS = pytest.param(2, (2, 0), (5, 14), marks=pytest.mark.slow)  # test_train_ctclip.py: the same loop, less time
+
+
+@pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), TWO_RANKS])
 def test_killed_run_ends_equal_to_the_uninterrupted_one(tiny_ct, tmp_path, world, workers, after):
     """kill -9 twice, mid-epoch, other numbers of workers: model, EMA, optimizer, best list, results, bit for bit."""
     more = [

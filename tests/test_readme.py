@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 import common
 
@@ -40,7 +40,7 @@ def after_all_commands(tmp_path_factory):
     shutil.copytree(ROOT / "configs", copy / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
-        for name, value in DEMO.items() | {("OMP_NUM_THREADS", "1")}:
+        for name, value in DEMO.items() | {("OMP_NUM_THREADS", "1"), ("PET_MASTER_PORT", str(free_port()))}:
             patch.setenv(name, value)
         for name in ("OUTPUT_BASE_DIR", "SEED", "NUM_GPUS", "WANDB_MODE", "WANDB_API_KEY"):
             patch.delenv(name, raising=False)

@@ -141,6 +141,7 @@ def test_an_earlier_run_is_moved_not_lost(tiny_slices, tmp_path, capsys):
     assert len((tmp_path / LOGS / "version_2" / "results.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_overfits_eight_slices(tiny_slices, tmp_path):
     folder = shutil.copytree(tiny_slices, tmp_path / "data")
     table = pd.read_csv(folder / "splits" / "train_slices.csv").drop_duplicates("volume_name").iloc[:8]
@@ -216,6 +217,7 @@ def test_what_a_checkpoint_fixes_is_not_ignored(trained, tiny_slices, tmp_path, 
 # ---- many processes
 
 
+@pytest.mark.slow  # test_evaluate.py has the same for evaluate.py
 def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_slices, tmp_path):
     """21 slices in batches of 4; attention, fusion and MIL in the model."""
     more = ["--use-attention", "se", "--use-multiscale", "--aggregate", "mil", "--bag-size", 3, "--epochs", 1]
@@ -229,7 +231,7 @@ def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_slices, tmp_path
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "mil"])
+@pytest.mark.parametrize("aggregate", [pytest.param("mean", marks=pytest.mark.slow), "mil"])
 def test_ranks_and_accumulation_do_not_change_the_training(tiny_slices, tmp_path, aggregate):
     """A global batch of 8, with unknown labels, as 1 x 8, 1 x 2 x 4 and 2 ranks x 2 x 2; batch norm frozen."""
     still = ["--no-augment", "--dropout-rate", 0, "--freeze-backbone", "--check-ranks", "--optimizer", "sgd"]
@@ -255,6 +257,7 @@ HARD = ["--use-ema", "--epochs", 6, "--scheduler", "cosine", "--warmup", 5, "--s
 HARD += ["--early-stopping-patience", 99, "--resume", "auto", "--progressive-unfreeze", "--unfreeze-epoch", 2]
 
 
+@pytest.mark.slow  # the loop is one text: test_train_ctclip.py does the same in less time
 @pytest.mark.parametrize(
     ("world", "workers", "after", "more"),
     [
