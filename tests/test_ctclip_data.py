@@ -310,7 +310,7 @@ def test_the_cache_differs_from_the_scans_by_the_rounding_only(hub, tmp_path):
         got = ctclip_volume(other["img_path"], SMALL, **common.volume_options(other))[0]
         np.testing.assert_array_equal(got, whole.astype(np.float32))
         blocks = ctclip_volume(other["img_path"], (12, 12, 24))[0]
-        assert far(blocks, F.avg_pool3d(torch.from_numpy(got).float()[None, None], (2, 4, 2))[0, 0]) < 1e-6
+        assert far(blocks, F.avg_pool3d(torch.tensor(got, dtype=torch.float32)[None, None], (2, 4, 2))[0, 0]) < 1e-6
     with pytest.raises(UserError, match="does not divide"):
         ctclip_volume(cached["img_path"][0])
     with pytest.raises(UserError, match="train_reports.csv: not used"):

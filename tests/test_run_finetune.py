@@ -14,7 +14,10 @@ from conftest import ROOT
 
 import finetune_siglip as siglip
 
-STAND_IN = "import os, sys\nprint('ARGS', os.environ.get('WORLD_SIZE', 1), *sys.argv[1:], sep='|')\n"
+# In one write: under torchrun, which unbuffers its processes, the pieces of two prints would mix.
+STAND_IN = """import os, sys
+sys.stdout.write('|'.join(['ARGS', os.environ.get('WORLD_SIZE', '1'), *sys.argv[1:]]) + '\\n')
+"""
 
 
 @pytest.fixture
