@@ -31,7 +31,7 @@ Writes into --output (or, where that ends in .json, to that file and its folder)
     overall                   crg (clinically relevant gain), exact_match
                               0/0 in precision, recall and f1 is 0, as in scikit-learn (see positives and flagged)
     interval                  {method, level, n_resamples, seed}, or null with --no-bootstrap
-    thresholds_source         where the thresholds come from; never from the scored cases
+    thresholds_source         where the thresholds come from; a note says so if training fitted them on these cases
     threshold_part            {share, seed, n, patients} of --threshold-part: cases left out of everything above and
                               below, and of predictions.csv and labels.csv
     retrieval                 of --retrieval: {report_to_volume, volume_to_report: {n, n_gallery, recall@K,

@@ -195,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-dir", type=Path, default=Path("."), help="folder of the run")
     add("--resume", nargs="?", const="auto", help="checkpoint to continue; bare or 'auto': the run's last, if any")
     add("--overwrite", "--force-restart", action="store_true", help="start anew in a folder that holds a run")
-    add("--save-every", type=int, default=500, help="steps between saves of the last checkpoint, besides every epoch")
+    add("--save-every", type=int, default=500, help="steps between saves of the last checkpoint, besides evaluations")
     add("--top-k", type=int, default=3, help="best models kept")
     add("--export", type=Path, help="file for the best weights, original key names")
 

@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add(
         "--save-every", "--save-every-n-steps", type=int, default=1000,
-        help="steps between saves of the last checkpoint, besides every epoch",
+        help="steps between saves of the last checkpoint, besides evaluations",
     )  # fmt: skip
     add("--top-k", type=int, default=1, help="best models kept")
     add("--export", type=Path, help="file for the best weights, original key names")
