@@ -2,13 +2,16 @@
 
     python demo_data.py ct --out demo --n 500        # chest CT, 18 findings of CT-RATE -> demo/ct/all_ct_wlabels.csv,
                                                      # the CT-RATE tree demo/dataset, WordPieces demo/vocab.txt
+    python demo_data.py fundus --out demo/fundus --n 400    # left and right eyes, 6 diagnoses -> pairs.csv, images/,
+                                                     # vocab.txt; one eye a row: prompts_{train,test}.csv, by_index/
 
-Every volume is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are stylised;
-they test code and teach formats, they say nothing about patients.
+Every patient is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are
+stylised; they test code and teach formats, they say nothing about patients.
 """
 
 import argparse
 import gzip
+import math
 import os
 import re
 import string
@@ -21,6 +24,7 @@ from statistics import NormalDist
 import nibabel
 import numpy as np
 import pandas as pd
+from PIL import Image, ImageDraw, ImageFilter
 
 from common import CT_RATE_LABELS, UserError
 
@@ -482,9 +486,9 @@ def write_report(seed, index, labels):
     return " ".join(findings), " ".join(impression) or NORMAL
 
 
-def vocabulary():
-    """Lower-case WordPieces for BERT: the words of all reports and prompts, and pieces that spell any other."""
-    texts = " ".join([NORMAL, *PRESENT, *ABSENT, *PROMPTS, *CT_RATE_LABELS]).lower()
+def vocabulary(texts):
+    """Lower-case WordPieces for BERT: the words of the texts, and pieces that spell any other."""
+    texts = " ".join(texts).lower()
     characters = string.ascii_lowercase + string.digits
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *characters]
     pieces += [f"##{c}" for c in characters]
@@ -509,9 +513,7 @@ def write_ct(index, out, seed, size, slices, nifti):
         folder = out / "dataset" / hub / series.rsplit("_", 2)[0] / series.rsplit("_", 1)[0]
         folder.mkdir(parents=True, exist_ok=True)
         dz, dy, dx = (float(s) for s in spacing)
-        affine = np.diag(
-            [-dx, -dy, dz, 1.0]
-        )  # NIfTI's world is right-to-left, back-to-front: columns run to -x, rows to -y
+        affine = np.diag([-dx, -dy, dz, 1.0])  # NIfTI's world is right-to-left, back-to-front
         volume = nibabel.Nifti1Image(np.ascontiguousarray(image.transpose(2, 1, 0)), affine)
         volume.header.set_xyzt_units("mm")
         data = gzip.compress(volume.to_bytes(), compresslevel=1, mtime=0)
@@ -521,41 +523,34 @@ def write_ct(index, out, seed, size, slices, nifti):
     metadata = {
         "VolumeName": f"{series}.nii.gz",
         "Manufacturer": str(rng.choice(["Siemens Healthineers", "PNMS", "SIEMENS"])),
-        "PatientSex": str(rng.choice(["F", "M"])),
-        "PatientAge": f"{rng.integers(20, 90):03d}Y",
-        "Rows": size,
-        "Columns": size,
-        "XYSpacing": f"[{float(spacing[2]):.6f}, {float(spacing[1]):.6f}]",
-        "RescaleIntercept": 0,
-        "RescaleSlope": 1,
-        "NumberofSlices": slices,
-        "ZSpacing": round(float(spacing[0]), 6),
+        "PatientSex": str(rng.choice(["F", "M"])), "PatientAge": f"{rng.integers(20, 90):03d}Y",
+        "Rows": size, "Columns": size, "XYSpacing": f"[{float(spacing[2]):.6f}, {float(spacing[1]):.6f}]",
+        "RescaleIntercept": 0, "RescaleSlope": 1, "NumberofSlices": slices, "ZSpacing": round(float(spacing[0]), 6),
         "StudyDate": f"{rng.integers(2015, 2024)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}",
-    }
+    }  # fmt: skip
     return series, split, labels.tolist(), metadata, (findings, impression)
+
+
+def run_all(one, args):
+    """one(index) of all patients, in order."""
+    if args.num_workers < 2:
+        return [one(index) for index in range(args.n)]
+    with ProcessPoolExecutor(args.num_workers) as pool:
+        return list(pool.map(one, range(args.n), chunksize=8))
 
 
 def make_ct(args):
     """Write all files of the chest CT demo."""
-    if args.n < 10:
-        raise UserError(f"--n {args.n}: too few patients for a split (use 10 or more)")
-    if args.size < 32 or args.slices < 8:
-        raise UserError(f"--size {args.size} --slices {args.slices}: too small for anatomy (use 32 and 8 or more)")
+    if args.slices < 8:
+        raise UserError(f"--slices {args.slices}: too few for anatomy (use 8 or more)")
     (args.out / "ct" / "volumes").mkdir(parents=True, exist_ok=True)
     one = partial(write_ct, out=args.out, seed=args.seed, size=args.size, slices=args.slices, nifti=args.nifti)
-    if args.num_workers > 1:
-        with ProcessPoolExecutor(args.num_workers) as pool:
-            rows = list(pool.map(one, range(args.n), chunksize=8))
-    else:
-        rows = [one(index) for index in range(args.n)]
-
-    table = [
-        [series, split, f"volumes/{series}.npz", series.rsplit("_", 2)[0], *labels]
-        for series, split, labels, *_ in rows
-    ]
+    rows = run_all(one, args)
+    table = [[s, split, f"volumes/{s}.npz", s.rsplit("_", 2)[0], *labels] for s, split, labels, *_ in rows]
     columns = ["series_id", "split", "img_path", "patient_id", *CT_RATE_LABELS]
     csv = args.out / "ct" / "all_ct_wlabels.csv"
-    (args.out / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary()))
+    pieces = vocabulary([NORMAL, *PRESENT, *ABSENT, *PROMPTS, *CT_RATE_LABELS])
+    (args.out / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
     pd.DataFrame(table, columns=columns).to_csv(csv, index=False)
     if args.nifti:
         for hub, long in (("train", "train"), ("valid", "validation")):
@@ -575,6 +570,199 @@ def make_ct(args):
     print(f"{args.n} volumes ({args.slices} x {args.size} x {args.size}) -> {csv}")
 
 
+# ==== Fundus: drawing ===========================================================================================
+
+FINDINGS = {"normal fundus": 0.28, "diabetic retinopathy": 0.2, "glaucoma": 0.16, "cataract": 0.14,
+            "macular degeneration": 0.12, "pathological myopia": 0.1}  # share of the patients  # fmt: skip
+FUNDUS_COLUMNS = ["patient_id split left_image left_diagnosis right_image right_diagnosis text".split(),
+                  "dataset_index label prompt".split()]  # fmt: skip
+EYES, DISC, MACULA = ("left", "right"), (0.52, 0.0), (-0.02, 0.06)  # centres in a right eye: x right, y down
+
+
+def clouds(rng, cells, size):
+    """(size, size, 1) float32: smooth noise of unit variance at `cells` points a side."""
+    noise = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+
+
+class Layer:
+    """Lines and dots drawn three times as large as the picture; `cover()` is their share of each pixel."""
+
+    def __init__(self, size):
+        self.size, self.scale = size, 3 * size / 2.1
+        self.image = Image.new("L", (3 * size, 3 * size))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def vessel(self, rng, at, heading, bend, length, width, fill, forks):
+        """A branch that turns by `bend` rad a unit of length, thins out, and forks where `forks` allows."""
+        n, step = max(2, int(length / 0.05)), 0.05
+        for k in range(n):
+            heading += step * bend * (0.4 + 1.2 * k / n) + rng.normal(0, 0.10)
+            new = at[0] + step * math.cos(heading), at[1] + step * math.sin(heading)
+            thick = width * (1 - 0.65 * k / n)
+            ends = [(v + 1.05) * self.scale for v in (*at, *new)]
+            self.draw.line(ends, fill=fill, width=max(1, round(thick * self.scale)))
+            at = new
+            if forks and k > 2 and rng.random() < 0.17:
+                turn = rng.choice([-1, 1]) * rng.uniform(0.5, 0.9)
+                left = 0.6 * length * (1 - k / n) + 0.1
+                self.vessel(rng, at, heading + turn, -turn * 0.8, left, 0.6 * thick, fill, forks - 1)
+
+    def dot(self, x, y, rx, ry):
+        self.draw.ellipse([(v + 1.05) * self.scale for v in (x - rx, y - ry, x + rx, y + ry)], fill=255)
+
+    def cover(self, blur=0.0):
+        image = self.image.resize((self.size, self.size), Image.Resampling.BOX)
+        return np.float32(image.filter(ImageFilter.GaussianBlur(blur * self.scale / 3)))[..., None] / 255
+
+
+def draw_fundus(seed, index, side, finding, severity, cup, size=128):
+    """One eye, (size, size, 3) uint8 RGB: side 0 is the left one (disc to the left of the picture), 1 the right.
+
+    severity in (0, 1]; cup: cup-disc ratio. Pigment and camera are the patient's, the rest is the eye's own.
+    """
+    u = np.random.default_rng([seed, index, 1]).uniform
+    pigment, warmth, radius, rim = u(0, 1), u(-1, 1), u(0.94, 1.0), u(0, 1)
+    light, camera = u(0.72, 1.08), (u(-0.25, 0.25), u(-0.25, 0.25))
+    rng = np.random.default_rng([seed, index, 2 + side])
+    u, n = rng.uniform, rng.normal
+    axis = np.linspace(-1.05, 1.05, size, dtype=np.float32)
+    x, y, px = axis[None], axis[:, None], 2.1 / size
+    myopic = severity if finding == "pathological myopia" else 0.0
+
+    def paint(image, cover, colour):
+        return image + cover * (np.float32(colour) - image)
+
+    def ellipse(cx, cy, rx, ry, soft):
+        far = (np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry)
+        return np.clip(0.5 - far / (px + soft), 0, 1)[..., None]
+
+    # ---- retina, choroidal vessels that shine through, macula
+    skin = np.array([0.86 - 0.1 * pigment, 0.43 - 0.14 * pigment + 0.05 * warmth, 0.2 - 0.07 * pigment - 0.05 * warmth])
+    image = skin.astype(np.float32) * (1 + 0.035 * clouds(rng, 6, size))
+    stripes = np.exp(-((clouds(rng, 15, size) / 0.35) ** 2)) * (u(0.04, 0.14) + 0.35 * (myopic > 0) + 0.3 * myopic)
+    image = paint(image, stripes, skin * (1.16, 1.28, 1.3))
+    mx, my = MACULA[0] + n(0, 0.02), MACULA[1] + n(0, 0.02)
+    dark = np.exp(-(((x - mx) / 0.2) ** 2 + ((y - my) / 0.18) ** 2))[..., None]
+    image *= 1 - dark * np.float32([0.3, 0.42, 0.4]) * u(0.7, 1.1)
+    # ---- a crescent beside a tilted disc, the disc and its cup
+    cx, cy, r = DISC[0] + n(0, 0.02), DISC[1] + n(0, 0.03), u(0.145, 0.175)
+    rx = r * (0.92 - 0.3 * (myopic > 0) * (0.4 + myopic))
+    if finding == "pathological myopia":
+        wide, high = (1.1 + 0.7 * myopic) * r, (1.2 + 0.4 * myopic) * r
+        crescent = ellipse(cx - 0.45 * r - 0.1 * myopic, cy + 0.02, wide, high, 0.05)
+        image = paint(image, 0.85 * crescent, (0.95, 0.86, 0.66))
+    image = paint(image, ellipse(cx, cy, rx, r, 0.02), (0.93, 0.62, 0.34))
+    image = paint(image, 0.9 * ellipse(cx - 0.01, cy, rx * cup, r * cup, 0.015), (1.0, 0.92, 0.72))
+    # ---- under the vessels: drusen, atrophy, hard exudates; the vessels; over them: blood
+    pale, blood, tree = Layer(size), Layer(size), Layer(size)
+    if finding == "macular degeneration":
+        for _ in range(int(14 + 50 * severity)):
+            pale.dot(mx + n(0, 0.14), my + n(0, 0.13), *u(0.012, 0.022 + 0.02 * severity, 2))
+        atrophy = ellipse(mx + n(0, 0.03), my, u(0.13, 0.2), u(0.12, 0.16), 0.05)
+        image = paint(image, 0.75 * (severity > 0.8) * atrophy, (0.9, 0.7, 0.4))
+    if finding == "diabetic retinopathy":
+        for _ in range(int(12 + 28 * severity)):  # microaneurysms and blots around the macula
+            angle, far, spot = u(0, 2 * np.pi), u(0.15, 0.8), u(0.009, 0.014)
+            if rng.random() < 0.2 + 0.35 * severity:
+                spot = u(0.016, 0.026 + 0.02 * severity)
+            blood.dot(mx + far * np.cos(angle), my + far * np.sin(angle), spot * u(1, 1.7), spot)
+        for _ in range(round(0.5 + 4 * (severity - 1 / 3)) if severity >= 1 / 3 else 0):  # exudates, in clusters
+            angle, far = u(0, 2 * np.pi), u(0.12, 0.42)
+            for dx, dy in n(0, 0.055, (rng.integers(8, 18), 2)):
+                pale.dot(mx + far * np.cos(angle) + dx, my + far * np.sin(angle) + dy, *u(0.009, 0.019, 2))
+    image = paint(image, 0.8 * pale.cover(0.006), (0.96, 0.82, 0.45))
+    for fill in (150, 225):  # arteries, veins
+        for up in (-1, 1):
+            start = cx + n(0, 0.015) - 0.02, cy + 0.02 * up
+            tree.vessel(rng, start, up * (1.75 + n(0, 0.1)), up * u(0.9, 1.25), 1.5, u(0.024, 0.032), fill, 2)
+            tree.vessel(rng, start, up * u(0.6, 1.2), up * u(-0.2, 0.5), 0.6, u(0.017, 0.024), fill, 1)
+            tree.vessel(rng, start, up * u(2.5, 3.0), up * u(-0.7, -0.3), 0.35, 0.011, fill, 1)
+    image *= 1 - tree.cover() * np.float32([0.34, 0.6, 0.5])
+    image = paint(image, 0.8 * blood.cover(0.004), (0.36, 0.06, 0.04))
+    # ---- light, a cloudy lens, the edge of the field, noise
+    image *= light * (1.1 - 0.4 * ((x - camera[0]) ** 2 + (y - camera[1]) ** 2))[..., None]
+    far = np.hypot(x, y)[..., None]
+    image = np.clip(paint(image, 0.5 * rim * np.clip((far - 0.72) * 2.5, 0, 1), (0.62, 0.62, 0.5)), 0, 1)
+    if finding == "cataract":
+        blur = ImageFilter.GaussianBlur((0.6 + 2.2 * severity) * size / 128)
+        haze = light * (0.95 + 0.05 * clouds(rng, 4, size)) * np.float32([0.66, 0.55, 0.34])
+        image = np.asarray(Image.fromarray(np.uint8(255 * image)).filter(blur), np.float32) / 255
+        image = paint(image, 0.3 + 0.45 * severity, haze)
+    image = image * np.clip((radius - far) / px + 0.5, 0, 1) + n(0, 0.008, (size, size, 1))
+    return np.uint8(255 * np.clip(image, 0, 1) + 0.5)[:, :: 1 if side else -1]
+
+
+# ==== Fundus: texts and files ===================================================================================
+
+GRADES, COUNTS = ("mild", "moderate", "severe"), ("few", "several", "many")
+DETAILS = {
+    "normal fundus": ["normal fundus, cup-disc ratio {cup}", "normal fundus with a clear disc margin and macula"],
+    "glaucoma": ["{grade} glaucoma, cup-disc ratio {cup}", "glaucoma with an enlarged pale cup, cup-disc ratio {cup}"],
+    "diabetic retinopathy": ["{grade} diabetic retinopathy, {count} haemorrhages{exudates}",
+                             "diabetic retinopathy with microaneurysms and {count} haemorrhages{exudates}"],
+    "cataract": ["{grade} cataract, hazy view", "{grade} cataract, the vessels are blurred"],
+    "macular degeneration": ["{grade} macular degeneration", "macular degeneration with {count} drusen"],
+    "pathological myopia": ["{grade} pathological myopia, tessellated fundus",
+                            "{grade} pathological myopia, tilted disc with a peripapillary crescent"],
+}  # fmt: skip
+EXUDATES = (", no exudates", " and hard exudates")
+PLAIN = ("Both eyes: {left}.", "Left eye: {left}. Right eye: {right}.")
+PAIRS = [*PLAIN[1:], "The right eye shows {right}. The left eye shows {left}.", "OD: {right}. OS: {left}.",
+         "Fundus photographs: {left} in the left eye, {right} in the right eye."]  # fmt: skip
+SINGLE = ["{plain} in the {side} eye: {detail}.", "Fundus photograph of the {side} eye showing {detail}."]
+
+
+def draw_patient(seed, index):
+    """(findings, severities 0-1, cup-disc ratios) of the left and right eye; one patient in four has two findings."""
+    rng = np.random.default_rng([seed, index, 0])
+    first = str(rng.choice(list(FINDINGS), p=list(FINDINGS.values())))
+    second = str(rng.choice([name for name in FINDINGS if name != first])) if rng.random() < 0.25 else first
+    findings = [first, second] if rng.random() < 0.5 else [second, first]
+    severities = np.clip(rng.uniform(0, 1) + rng.normal(0, 0.2, 2), 0.02, 1)
+    cups = [0.6 + 0.3 * severities[k] if findings[k] == "glaucoma" else rng.uniform(0.2, 0.45) for k in (0, 1)]
+    return findings, severities.tolist(), np.round(cups, 1).tolist()
+
+
+def write_fundus(index, out, seed, size):
+    """Draw both eyes of one patient and write them; returns the row of pairs.csv and that of prompts_*.csv."""
+    findings, severities, cups = draw_patient(seed, index)
+    patient, split = f"P{index:04d}", {2: "val", 5: "test"}.get(index % 20 % 7, "train")
+    single = index // 2 % 2  # the eye that is also a picture of its own
+    for side, eye in enumerate(EYES):
+        image = Image.fromarray(draw_fundus(seed, index, side, findings[side], severities[side], cups[side], size))
+        image.save(out / "images" / f"{patient}_{eye}.jpg", quality=92)
+        if side == single:
+            image.save(out / "by_index" / f"{index}.jpg", quality=92)
+    rng, details = np.random.default_rng([seed, index, 4]), []
+    for finding, severity, cup in zip(findings, severities, cups, strict=True):
+        step = min(2, int(3 * severity))
+        words = {"grade": GRADES[step], "count": COUNTS[step], "cup": cup, "exudates": EXUDATES[step > 0]}
+        details.append(str(rng.choice(DETAILS[finding])).format(**words))
+    plain = PLAIN[findings[0] != findings[1]].format(left=findings[0], right=findings[1])
+    text = plain if rng.random() < 0.25 else str(rng.choice(PAIRS)).format(left=details[0], right=details[1])
+    words = {"side": EYES[single], "detail": details[single], "plain": findings[single].capitalize()}
+    prompt = [index, findings[single], str(rng.choice(SINGLE)).format(**words)]
+    path = f"images/{patient}_{{}}.jpg".format
+    return [patient, split, path("left"), findings[0], path("right"), findings[1], text], prompt
+
+
+def make_fundus(args):
+    """Write all files of the fundus demo."""
+    for folder in ("images", "by_index"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    rows = run_all(partial(write_fundus, out=args.out, seed=args.seed, size=args.size), args)
+    texts = [*FINDINGS, *GRADES, *COUNTS, *EXUDATES, *PLAIN, *PAIRS, *SINGLE, *EYES, *sum(DETAILS.values(), [])]
+    (args.out / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary(texts)))
+    pairs, prompts = (pd.DataFrame([row[k] for row in rows], columns=c) for k, c in enumerate(FUNDUS_COLUMNS))
+    prompts = prompts.sample(frac=1, random_state=args.seed)  # in no order, as users have it
+    train = pairs["split"][prompts.index] == "train"
+    prompts[train].to_csv(args.out / "prompts_train.csv", index=False)
+    prompts[~train].to_csv(args.out / "prompts_test.csv", index=False)
+    pairs.to_csv(args.out / "pairs.csv", index=False)
+    print(f"{args.n} patients, 2 eyes each ({args.size} x {args.size}) -> {args.out / 'pairs.csv'}")
+
+
 # ==== Main =====================================================================================================
 
 
@@ -583,20 +771,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=show)
     commands = parser.add_subparsers(dest="command", required=True)
     ct = commands.add_parser("ct", help="chest CT volumes with the 18 findings of CT-RATE", formatter_class=show)
-    ct.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to")
-    ct.add_argument("--n", type=int, default=500, help="number of patients, one volume each")
-    ct.add_argument("--size", type=int, default=96, help="side of a slice in pixels")
     ct.add_argument("--slices", type=int, default=16, help="slices of a volume")
-    ct.add_argument("--seed", type=int, default=42, help="seed of patients, findings and noise")
-    ct.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="drawing processes")
     ct.add_argument("--no-nifti", dest="nifti", action="store_false", help="leave out the CT-RATE tree")
-    ct.set_defaults(run=make_ct)
+    fundus = commands.add_parser("fundus", help="left and right fundus pictures and reports", formatter_class=show)
+    for command, run, out, n, size in ((ct, make_ct, "demo", 500, 96), (fundus, make_fundus, "demo/fundus", 400, 128)):
+        command.add_argument("--out", type=Path, default=Path(out), help="folder to write to")
+        command.add_argument("--n", type=int, default=n, help="number of patients, one volume or two pictures each")
+        command.add_argument("--size", type=int, default=size, help="side of a slice or picture in pixels")
+        command.add_argument("--seed", type=int, default=42, help="seed of patients, findings and noise")
+        command.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="drawing processes")
+        command.set_defaults(run=run)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.n < 10 or args.size < 32:
+            raise UserError(f"--n {args.n} --size {args.size}: too few patients, too small (use 10 and 32 or more)")
         args.run(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
