@@ -154,23 +154,33 @@ def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     return _Gather.apply(x) if _rank_and_world()[1] > 1 else x
 
 
-def clip_loss(image_features, text_features, logit_scale, ids=None) -> torch.Tensor:
+def clip_loss(image_features, text_features, logit_scale, ids=None, present=None) -> torch.Tensor:
     """Symmetric InfoNCE over the batch of all ranks (Radford et al. 2021, figure 3) -> scalar.
 
     image_features, text_features: (b, E) L2-normalised, row i of one belongs to row i of the other; logit_scale: scalar
     tensor, the multiplier itself; ids: (b,) int64, rows of equal id (the same report twice) belong together as well and
-    share the target evenly. Each rank scores its own rows against all columns, memory O(b * world * b): the mean
-    of the ranks' values is the global loss, the mean of their gradients (what DDP takes) is its gradient.
+    share the target evenly; present: (b,) bool, the other rows are neither queries nor answers. Each rank scores its
+    own rows against all columns, memory O(b * world * b): the mean of the ranks' values is the global loss, the mean of
+    their gradients (what DDP takes) is its gradient.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text, scale = _float32(image_features), _float32(text_features), _float32(logit_scale)
         match = torch.arange(len(image), device=image.device) + _rank_and_world()[0] * len(image)
-        if ids is not None:
-            same = ids[:, None] == gather_with_grad(ids)  # (b, world * b)
-            match = same.to(image.dtype) / same.sum(1, keepdim=True)
         image_logits = scale * image @ gather_with_grad(text).T  # (b, world * b)
         text_logits = scale * text @ gather_with_grad(image).T  # (b, world * b)
-        return (F.cross_entropy(image_logits, match) + F.cross_entropy(text_logits, match)) / 2
+        if ids is None and present is None:
+            return (F.cross_entropy(image_logits, match) + F.cross_entropy(text_logits, match)) / 2
+        ids = match if ids is None else ids
+        same = ids[:, None] == gather_with_grad(ids)  # (b, world * b)
+        rows = torch.ones_like(ids, dtype=torch.bool) if present is None else present
+        columns = gather_with_grad(rows.to(image.dtype)) > 0
+        same = (same & columns).to(image.dtype)
+        target = same / same.sum(1, keepdim=True).clamp(min=1)
+        lowest = torch.finfo(image.dtype).min
+        both = [F.cross_entropy(x.masked_fill(~columns, lowest), target, reduction="none")
+                for x in (image_logits, text_logits)]  # fmt: skip
+        mean = columns.sum().clamp(min=1) / _rank_and_world()[1]  # of the ranks' rows
+        return torch.where(rows, both[0] + both[1], 0).sum() / (2 * mean)
 
 
 def siglip_loss(image_features, text_features, logit_scale, logit_bias, ids=None, block: int = 64) -> torch.Tensor:
@@ -558,31 +568,72 @@ def _ratio(a, b, empty=np.nan):
 SAME_SCORE = 1e-6
 
 
-def retrieval_ranks(queries, gallery, query_ids=None, gallery_ids=None, chunk: int = 512) -> dict[str, np.ndarray]:
+def retrieval_ranks(
+    queries, gallery, query_ids=None, gallery_ids=None, right=None, chunk: int = 512
+) -> dict[str, np.ndarray]:
     """Rank, from 1, of the best right answer to each query.
 
-    queries: (n, E), gallery: (m, E); what has the id of the query is right (default: the row number), so several may
-    be. -> arrays (n,) float64: `rank`, its mean over the orders of equal scores; `best` and `worst`, the first and the
-    last it can be (for the best right answer; another right one with the same score is no obstacle); `tied`, the right
-    answers of that score; `right`, all right ones. All NaN but the last where there is none. Memory: O(chunk * m).
+    queries: (n, E), gallery: (m, E); what has the id of the query is right (default: the row number), or what `right`,
+    (n, m) bool, says, so several may be. -> arrays (n,) float64: `rank`, its mean over the orders of equal scores;
+    `best` and `worst`, the first and the last it can be (for the best right answer; another right one with the same
+    score is no obstacle); `tied`, the right answers of that score; `right`, all right ones. All NaN but the last where
+    there is none. Memory: O(chunk * m).
     """
+    counts = np.empty((4, len(queries)))
+    for some, scores, hit in _scored(queries, gallery, query_ids, gallery_ids, right, chunk):
+        top = scores.max(axis=1, initial=-np.inf, where=hit)[:, None]
+        above = scores > top + SAME_SCORE
+        tied = (scores >= top - SAME_SCORE) & ~above
+        counts[:, some] = above.sum(1), (tied & ~hit).sum(1), (tied & hit).sum(1), hit.sum(1)
+    above, wrong, tied, right = counts
+    above[right == 0] = np.nan
+    ranks = {"rank": above + 1 + wrong / (tied + 1), "best": above + 1, "worst": above + 1 + wrong}
+    return ranks | {"tied": np.where(right, tied, np.nan), "right": right}
+
+
+def average_precision(queries, gallery, query_ids=None, gallery_ids=None, right=None, chunk: int = 128) -> np.ndarray:
+    """(n,): mean over the right answers to a query of the share of right ones up to there; NaN where there is none.
+
+    Arguments as in `retrieval_ranks`; the mean over queries is the (true) mean average precision. Equal scores, which
+    here are those closer than SAME_SCORE to the next one, count as the mean over all their orders, in closed form.
+    """
+    values = np.empty(len(queries))
+    for some, scores, hit in _scored(queries, gallery, query_ids, gallery_ids, right, chunk):
+        order = np.argsort(-scores, axis=1)
+        scores, hit = np.take_along_axis(scores, order, 1), np.take_along_axis(hit, order, 1)
+        start = np.flatnonzero(np.diff(scores, axis=1, prepend=np.inf) < -SAME_SCORE)  # of each group, over all rows
+        row, above = np.divmod(start, len(gallery))
+        held = np.add.reduceat(hit.ravel(), start, dtype=np.int64)
+        before = (np.cumsum(hit, 1) - hit)[row, above]
+        gain = _group_precision(above, before, np.diff(start, append=hit.size), held)
+        values[some] = _ratio(np.bincount(row, gain), hit.sum(1))
+    return values
+
+
+def average_precision_chance(right, total) -> np.ndarray:
+    """Mean of the average precision over all orders of `total` things of which `right` are right; NaN if none is."""
+    right, total = np.broadcast_arrays(np.asarray(right, np.int64), np.asarray(total, np.int64))
+    return _ratio(_group_precision(np.zeros_like(total), 0, total, right), right)
+
+
+def _group_precision(above, before, size, right):
+    """Sum of the precisions at the right ones of a group in random order; above: things before it, `before` of them
+    right. The s-th is right with chance right / size; then (s - 1) (right - 1) / (size - 1) of those before it are too.
+    """
+    harmonic = np.append(0, np.cumsum(1 / np.arange(1, 1 + (above + size).max(initial=0))))
+    part = harmonic[above + size] - harmonic[above]  # sum of 1 / place
+    return right / size * ((before + 1) * part + (right - 1) / np.maximum(size - 1, 1) * (size - (above + 1) * part))
+
+
+def _scored(queries, gallery, query_ids, gallery_ids, right, chunk):
+    """(slice of the queries, scores (c, m), right (c, m) bool), chunk by chunk."""
     queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
     wanted, held = _codes(
         np.arange(len(queries)) if query_ids is None else query_ids,
         np.arange(len(gallery)) if gallery_ids is None else gallery_ids,
     )
-    counts = np.empty((4, len(queries)))
     for some in (slice(i, i + chunk) for i in range(0, len(queries), chunk)):
-        scores = queries[some] @ gallery.T  # (c, m)
-        right = wanted[some, None] == held
-        top = scores.max(axis=1, initial=-np.inf, where=right)[:, None]
-        above = scores > top + SAME_SCORE
-        tied = (scores >= top - SAME_SCORE) & ~above
-        counts[:, some] = above.sum(1), (tied & ~right).sum(1), (tied & right).sum(1), right.sum(1)
-    above, wrong, tied, right = counts
-    above[right == 0] = np.nan
-    ranks = {"rank": above + 1 + wrong / (tied + 1), "best": above + 1, "worst": above + 1 + wrong}
-    return ranks | {"tied": np.where(right, tied, np.nan), "right": right}
+        yield some, queries[some] @ gallery.T, wanted[some, None] == held if right is None else right[some]
 
 
 def recall_at_k(ranks: dict[str, np.ndarray], ks) -> np.ndarray:
@@ -599,7 +650,35 @@ def hit_chance(right, total, k) -> np.ndarray:
     right, total, k = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (right, total, k)))
     k, wrong = np.clip(k, 0, total), total - right
     log = [torch.lgamma(torch.as_tensor(np.maximum(x, 0) + 1)).numpy() for x in (wrong, total - k, wrong - k, total)]
-    return np.where(k > wrong, 1.0, 1 - np.exp(log[0] + log[1] - log[2] - log[3]))
+    return np.where(k > wrong, 1.0, np.maximum(0, 1 - np.exp(log[0] + log[1] - log[2] - log[3])))
+
+
+def same_words(text: str) -> str:
+    """A report without what makes no difference between two: case and spaces."""
+    return " ".join(text.casefold().split())
+
+
+def report_matches(pairs, texts: list[str], n_images: int) -> np.ndarray:
+    """(n, m) bool: whether report j is one of image i's, or word for word the same but for case and spaces.
+
+    pairs: (p, 2) int, row of an image and row of its report, many to many; texts: the m reports.
+    """
+    codes = pd.factorize(np.array([same_words(text) for text in texts], object))[0]
+    has = np.zeros((n_images, codes.max(initial=-1) + 1), bool)
+    has[pairs[:, 0], codes[pairs[:, 1]]] = True
+    return has[:, codes]
+
+
+def class_matches(pairs, classes: list[str], n_texts: int) -> np.ndarray:
+    """(n, m) bool: whether report j is of the class of image i. '' is no class.
+
+    pairs: as in `report_matches`; classes: of the n images. A report has the class of its images, if they agree.
+    """
+    codes, names = pd.factorize(np.array(classes, object))
+    votes = np.zeros((n_texts, len(names)), bool)
+    votes[pairs[:, 1], codes[pairs[:, 0]]] = True
+    held = np.where(votes.sum(1) == 1, votes.argmax(1), -1)
+    return (codes[:, None] == held) & (np.array(classes, object) != "")[:, None]
 
 
 def overlap_at_k(

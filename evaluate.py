@@ -6,46 +6,43 @@
     python evaluate.py --checkpoint saves/best_model.pt --valid-data cache/valid --zero-shot --retrieval \\
         --output results/
     python evaluate.py --checkpoint saves/best_model.pt --config configs/ctclip.yaml --output results/results.json
+    python evaluate.py --test-only logs/x/checkpoints/epoch_latest.pt --val-data lmdb/test --output evaluation/
     torchrun --nproc_per_node 4 evaluate.py --test-only best_model.pth --output eval/      # the same numbers, sooner
 
 A checkpoint brings its model, data, and per-label thresholds; options given here override its data. Two CSV files do
 the same for any other program: `id` and `{label}_prob` columns; `id` and label columns (0, 1; empty or -1 = unknown),
 with an optional `patient_id`. Every case counts: one that could not be read is listed, and makes the exit code 3.
-Of a model of images and reports (train_ctclip.py), also zero-shot labels from prompts, retrieval, features, and a
-linear probe: a logistic regression for each label on the frozen image features of the training data (CT-CLIP's LiPro).
+Of a model of images and reports (train_ctclip.py, train_retclip.py), also zero-shot labels from prompts, retrieval,
+features, and a linear probe: a logistic regression for each label on the frozen image features of the training data
+(CT-CLIP's LiPro). Of train_retclip.py a case is a pair of eyes, and retrieval is always computed; its labels are the
+classes of the data (without two there is no table of labels), with a softmax over them by --templates, of which the
+most probable counts as present (unless --threshold or --threshold-part bring thresholds). Its linear probe: see
+retrieval.eyes_of.
 
 Writes into --output (or, where that ends in .json, to that file and its folder):
   predictions.csv  id, {label}_prob, {label}_pred; in the order of the data; no probability where a case failed to load
   labels.csv       id, patient_id, labels: with predictions.csv all that is needed to score again
   report.html      by report.py
-  --export-features FILE (where it says): npz of ids, patient_ids, class_names, image_features (n, E), text_features,
-                   targets (n, K); NaN where a case failed to load or has no report; no pickles
-  results.json     all numbers, null = undefined (never 0):
+  test_imgs_features.pt, test_texts_features.pt: of train_retclip.py, keyed by id (retrieval.write_features)
+  --export-features FILE (where it says): features as an npz (retrieval.export_features)
+  results.json     (train_retclip.py: evaluation_results.json) all numbers, null = undefined (never 0):
     evaluated, evaluated_on   what was scored, on which cases: two phrases
     n, n_patients             cases (with the failed ones) and patients
     per_label                 {label: {n, positives, prevalence, threshold, flagged, <metric>, <metric>_low,
                               <metric>_high}}; n: cases with a known label; flagged: those at or above the threshold
+                              (null: the most probable class is flagged); {} without classes, macro and micro too
     macro, micro              {<metric>, <metric>_low, <metric>_high}; macro: the mean over the labels where the metric
                               is defined (for auroc: n_defined of them)
                               metrics: auroc, auprc, f1, precision, recall, specificity, accuracy, brier, log_loss, ece
-    overall                   crg (clinically relevant gain), exact_match
+    overall                   crg (clinically relevant gain), exact_match; of train_retclip.py also top-1 accuracy and
+                              balanced_accuracy (mean recall of the classes there are) of the accuracy_n cases with
+                              exactly one positive label, and accuracy_majority: of always naming the commonest class
                               0/0 in precision, recall and f1 is 0, as in scikit-learn (see positives and flagged)
     interval                  {method, level, n_resamples, seed}, or null with --no-bootstrap
     thresholds_source         where the thresholds come from; a note says so if training fitted them on these cases
     threshold_part            {share, seed, n, patients} of --threshold-part: cases left out of everything above and
                               below, and of predictions.csv and labels.csv
-    retrieval                 of --retrieval: {report_to_volume, volume_to_report: {n, n_gallery, recall@K,
-                              median_rank}, volume_to_volume: {n, n_gallery, map@K}}, each number with _low, _high and
-                              _chance, K of 1, 5, 10, 50, 100 below n_gallery; null where there is no query.
-                              n: queries; an interval resamples their patients, the gallery stays.
-        report_to_volume      gallery: every volume; right are those with word for word the query's report
-        volume_to_report      gallery: every distinct report
-        volume_to_volume      map@K: the mean label overlap of a query with its K nearest (common.overlap_at_k), which
-                              CT-CLIP calls MAP@K; queries and gallery: volumes with a positive label; no volume of
-                              the query's own patient
-        as_published          {recall@K, map@K} counted as CT-CLIP's scripts do, to be compared with its paper: only
-                              the report's own volume is right; every volume is a query and finds itself first; map@K
-                              is the mean of the values for 1, 5, 10 and 50 up to K (the scripts keep one list)
+    retrieval                 see retrieval.py
     failed                    [{id, reason}]
     notes                     sentences a reader must know
     provenance                command, date, files and their sha256, versions, git commit
@@ -75,33 +72,37 @@ from common import (
     choose_thresholds,
     f1_thresholds,
     file_sha256,
-    hit_chance,
     json_safe,
     load_checkpoint,
     log_loss,
     multilabel_metrics,
-    overlap_at_k,
     parse_with_config,
     prediction_table,
     process_group,
-    recall_at_k,
-    retrieval_ranks,
     run_main,
     versions,
     write_atomic,
     write_csv,
 )
-from report import RETRIEVAL, number, people, read_scores, warnings_of, write_report
+from report import number, people, read_scores, warnings_of, write_report
+from retrieval import (
+    LEVEL,
+    export_features,
+    eyes_of,
+    gallery,
+    pair_retrieval,
+    retrieval_lines,
+    volume_retrieval,
+    write_features,
+)
 
 # task in the checkpoint -> the script that trained it
-TASKS = {"siglip": "finetune_siglip", "task2": "run_task2", "ctclip": "train_ctclip"}
-WITH_FEATURES = ("ctclip",)  # tasks whose `predict` gives features of images and texts
+TASKS = {"siglip": "finetune_siglip", "task2": "run_task2", "ctclip": "train_ctclip", "retclip": "train_retclip"}
+WITH_FEATURES = ("ctclip", "retclip")  # tasks whose `predict` gives features of images and texts
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
 # of a checkpoint's arguments
 OVERRIDES = ("csv", "slice_dir", "data_dir", "split", "data_root", "metadata", "batch_size", "num_workers")
-OVERRIDES += ("train_data", "valid_data", "reports", "labels", "hu_source", "zero_shot", "prompts")
-LEVEL = 0.95  # of the intervals
-KS = (1, 5, 10, 50, 100)  # of the retrieval
+OVERRIDES += ("train_data", "valid_data", "reports", "labels", "hu_source", "zero_shot", "prompts", "templates")
 PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the probe's regularisation to choose from
 PROBE_HELD_OUT = 0.25  # of the training patients: for that choice, and for the thresholds
 
@@ -122,7 +123,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--data-root", type=Path, help="folder img_path may not leave (as in training)")
     text = "CSV of rescale slopes and intercepts (as in training)"
     group.add_argument("--metadata", type=Path, nargs="+", metavar="CSV", help=text)
-    group.add_argument("--valid-data", type=Path, help="other volumes: a cache of prepare_ct.py, or a CT-RATE folder")
+    text = "other volumes: a cache of prepare_ct.py, or a CT-RATE folder; other pairs: what train_retclip.py reads"
+    group.add_argument("--valid-data", "--val-data", type=Path, help=text)
     group.add_argument("--train-data", type=Path, help="other training data, of --linear-probe and --split train")
     group.add_argument("--reports", type=Path, nargs="+", metavar="CSV", help="reports of a CT-RATE folder")
     text = "what turns stored values into HU: auto, csv, header or none (as in training)"
@@ -136,7 +138,9 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     text = "pairs of a present and an absent prompt with {} for the label, averaged (the checkpoint's); other prompts "
     text += "than the checkpoint's imply --zero-shot"
     group.add_argument("--prompts", nargs="+", metavar="TEXT", help=text)
-    text = "find volumes by reports, reports by volumes, and volumes by volumes"
+    text = "file of prompts with {} for a class, one a line, averaged, of train_retclip.py (the checkpoint's)"
+    group.add_argument("--templates", type=Path, metavar="FILE", help=text)
+    text = "find volumes by reports, reports by volumes, and volumes by volumes (of train_retclip.py: always)"
     group.add_argument("--retrieval", action="store_true", help=text)
     text = "score a logistic regression on the frozen image features of the training data in place of the model"
     group.add_argument("--linear-probe", action="store_true", help=text)
@@ -166,7 +170,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError("command line: give either --test-only CKPT, or --predictions CSV and --labels CSV")
     if args.predictions and (args.labels is None or len(args.labels) > 1):
         raise UserError("command line: --predictions and --labels go together (one file each)")
-    for name in ("zero_shot", "prompts", "retrieval", "linear_probe", "export_features"):
+    for name in ("zero_shot", "prompts", "templates", "retrieval", "linear_probe", "export_features"):
         if args.predictions and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: needs a checkpoint (--test-only)")
     if args.test_only and args.label_columns:
@@ -226,6 +230,12 @@ class Cases:
     text_features: np.ndarray | None = None  # (n, E); NaN rows: failed, or no report
     texts: list[str] | None = None  # reports, '' = none
     training: dict | None = None  # what `predict` gives of the training data, for --linear-probe
+    most_probable: bool = False  # the most probable label counts as present, whatever the thresholds
+    pairs: dict | None = None  # what `predict` of train_retclip.py gives, and `pictures` of the data set
+
+    def cut(self, probs) -> np.ndarray:
+        """What a probability (n, K) must reach to count as present: (K,) thresholds, or each case's highest (n, 1)."""
+        return probs.max(axis=1, keepdims=True) if self.most_probable else self.thresholds
 
     def part(self, rows: np.ndarray) -> dict:
         """The arrays of some rows, bool (n,), as keywords for `dataclasses.replace`."""
@@ -294,45 +304,83 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         if getattr(args, name) and saved["task"] not in WITH_FEATURES:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: {script.__name__}.py's checkpoints give no features of images and texts")
+    paired = saved["task"] == "retclip"
+    for name in ("zero_shot", "prompts"):
+        if paired and getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: of train_ctclip.py; {script.__name__}.py has no other classifier (--templates)")
     given = overrides_of(args, saved, script)
     task_args = args_for(saved, script, given)
     dataset = script.build_eval_dataset(task_args)
+    names = list(dataset.class_names)
     model, training = script.build_eval_model(saved, task_args, ctx.device), None
     if args.linear_probe:
         train_args = args_for(saved, script, given, split="train")
-        training = script.predict(model, script.build_eval_dataset(train_args), ctx, "training data")
+        train_set = script.build_eval_dataset(train_args)
+        if paired:
+            names = train_args.label_columns = sorted({*names, *train_set.class_names})
+        training = script.predict(model, train_set, ctx, "training data")
+    if paired:
+        task_args.label_columns = names  # the zero-shot classes are those of the data
     out = script.predict(model, dataset, ctx, "prediction")
+    pairs = out | {"pictures": dataset.pictures} if paired else None
+    if paired and args.linear_probe:
+        names, out, training = eyes_of(names, out, training)
+    elif paired:  # the zero-shot scores of pairs; one class is none: there is nothing to tell it from
+        names = names if len(names) > 1 else []
+        out = out | {k: out[k][:, : len(names)] for k in ("targets", "probs")} | {"text_features": None, "texts": None}
+        out["image_features"] = out["image_features"]["patient"]
 
     def prompts_of(some: dict) -> list | None:  # None: the probabilities are a classifier's
+        if paired:
+            return some["templates"]
         by_head = "zero_shot" not in some or (not some["zero_shot"] and getattr(model, "classifier", None) is not None)
         return None if by_head else some["prompts"]
 
-    prompts = prompts_of(vars(task_args))
+    prompts = prompts_of(vars(task_args)) if names else None
     changed = prompts != prompts_of(saved["args"])
     thresholds, source = choose_thresholds(args.threshold, {} if changed else saved)
+    most_probable = paired and args.threshold is None and not (args.threshold_part or args.linear_probe)
+    if most_probable:
+        source = "none: the most probable class of a case counts as present" if names else "none: no classes"
+    elif paired and args.threshold_part and not names:
+        raise UserError("--threshold-part: the data have no two classes (leave it out)")
     unread = [dataset.ids[i] for i in out.get("unread", [])]
     table, notes = script.data_file(task_args), []
-    try:
-        same_data = table.resolve() == script.data_file(script.args_from_checkpoint(saved), task_args.split).resolve()
-    except (UserError, TypeError, AttributeError):  # the training data are not on this machine, or there were none
-        same_data = False
-    if same_data and task_args.split == saved["args"]["split"]:
+    where = f"split '{task_args.split}' of {table.name}"
+    if paired:  # the folder of an LMDB, or the beginning of two files
+        where = "/".join((task_args.train_data if task_args.split == "train" else task_args.valid_data).parts[-2:])
+
+    def is_that_of(split) -> bool:
+        try:
+            return table.resolve() == script.data_file(script.args_from_checkpoint(saved), split).resolve()
+        except (UserError, TypeError, AttributeError):  # the training data are not on this machine, or there were none
+            return False
+
+    same_data, trained = is_that_of(task_args.split), is_that_of("train") if paired else False
+    if not trained and same_data and task_args.split == saved["args"]["split"]:
         own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed)
         if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
             own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
-        chosen = "the model and its thresholds" if own else "the model"
+        chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
         notes.append(
             f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
             "of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not seen)"
         )
-    elif same_data and task_args.split == "train":
+    elif trained or (same_data and task_args.split == "train"):
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
+    alone = np.flatnonzero(np.isnan(out["image_features"]).any(1)) if paired else []
+    alone = [out["ids"][i] for i in alone if i not in out["failed"]]
+    if alone:
+        first = ", ".join(alone[:10])
+        notes.append(f"{len(alone)} pairs lack an eye, and are in no number that needs both: {first}")
     if unread:
         first = ", ".join(unread[:10])
         notes.append(f"{len(unread)} slices could not be read and are missing in their volumes: {first}")
     if changed and saved.get("thresholds") is not None:
         source += "; the checkpoint's belong to other probabilities"
-    files = {"checkpoint": file_facts(args.test_only), "csv": file_facts(table), "trained_with": saved["versions"]}
+    files = {"checkpoint": file_facts(args.test_only), "data" if paired else "csv": file_facts(table)}
+    files["trained_with"] = saved["versions"]
     if args.linear_probe:
         files["probe_trained_on"] = file_facts(script.data_file(train_args, "train"))
     elif prompts:
@@ -340,18 +388,20 @@ def cases_of_checkpoint(args, ctx) -> Cases:
     return Cases(
         ids=list(out["ids"]),
         groups=list(out["groups"]),
-        class_names=list(dataset.class_names),
+        class_names=names,
         targets=np.asarray(out["targets"], np.float64),
         probs=out["probs"],
-        failed={out["ids"][i]: why_failed(dataset, i) for i in out["failed"]},
-        thresholds=np.full(len(dataset.class_names), thresholds),
+        failed={out["ids"][i]: why_failed(dataset, out["rows"][i] if "rows" in out else i) for i in out["failed"]},
+        thresholds=np.full(len(names), thresholds),
         thresholds_source=source,
         evaluated=args.test_only.name + (", zero-shot" if prompts and not args.linear_probe else ""),
-        evaluated_on=f"split '{task_args.split}' of {table.name}",
+        evaluated_on=where,
         notes=notes,
         files=files,
         incomplete=bool(unread or (training and training["failed"])),
         training=training,
+        most_probable=most_probable,
+        pairs=pairs,
         **{k: out.get(k) for k in ("image_features", "text_features", "texts")},
     )
 
@@ -453,19 +503,21 @@ def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
 
 def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     """The numbers of results.json, to the last digit the same in any order of the cases; 0 resamples: no intervals."""
-    names, loaded = cases.class_names, ~np.isnan(cases.probs).any(axis=1)
+    names = cases.class_names
+    loaded = np.isfinite(cases.probs if names else cases.image_features).all(axis=1)
     order = np.array(sorted(np.flatnonzero(loaded), key=lambda i: cases.ids[i]), int)
     if not len(order):
-        first = next(iter(cases.failed.items()))
+        first = next(iter(cases.failed.items()), ("each", "an eye is missing"))
         raise UserError(
             f"{cases.evaluated_on}: none of {len(cases.ids)} cases could be read (first {': '.join(first)})"
         )
     targets, probs, groups = cases.targets[order], cases.probs[order], np.array(cases.groups)[order]
     numbered = [f"label{k}" for k in range(len(names))]  # a label called "macro" would give the key of the macro mean
-    values = multilabel_metrics(targets, probs, numbered, cases.thresholds)
-    spread = {}
-    if n_resamples:
-        spread = bootstrap_intervals(targets, probs, numbered, cases.thresholds, groups, n_resamples, seed, LEVEL)
+    values, spread, cut = {}, {}, cases.cut(probs) if names else None
+    if names:
+        values = multilabel_metrics(targets, probs, numbered, cut)
+    if names and n_resamples:
+        spread = bootstrap_intervals(targets, probs, numbered, cut, groups, n_resamples, seed, LEVEL)
 
     def block(prefix: str, metrics=METRICS) -> dict:
         found = {}
@@ -482,9 +534,11 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     for k, name in enumerate(names):
         n, positives = int(values[f"label{k}_n"]), int(values[f"label{k}_positives"])
         share = positives / n if n else None
-        counts = {"n": n, "positives": positives, "prevalence": share, "threshold": cases.thresholds[k]}
-        counts["flagged"] = int((probs[:, k] >= cases.thresholds[k])[~np.isnan(targets[:, k])].sum())
+        threshold = None if cases.most_probable else cases.thresholds[k]
+        counts = {"n": n, "positives": positives, "prevalence": share, "threshold": threshold}
+        counts["flagged"] = int((probs >= cut)[~np.isnan(targets[:, k]), k].sum())
         per_label[name] = counts | block(f"label{k}_")
+    top_1 = accuracies(targets, probs, groups, n_resamples, seed) if names and cases.pairs else {}
     how = {"method": "percentile bootstrap over patients", "level": LEVEL, "n_resamples": n_resamples, "seed": seed}
     return {
         "evaluated": cases.evaluated,
@@ -492,9 +546,9 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
         "n": len(cases.ids),
         "n_patients": len(set(cases.groups)),
         "per_label": per_label,
-        "macro": block("macro_") | {"n_defined": int(values["n_defined_auroc"])},
+        "macro": block("macro_") | ({"n_defined": int(values["n_defined_auroc"])} if names else {}),
         "micro": block("micro_"),
-        "overall": block("", ("crg", "exact_match")),
+        "overall": block("", ("crg", "exact_match")) | top_1,
         "interval": how if n_resamples else None,
         "thresholds_source": cases.thresholds_source,
         "failed": [{"id": i, "reason": reason} for i, reason in cases.failed.items()],
@@ -502,69 +556,26 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     }
 
 
-def retrieval(cases: Cases, n_resamples: int, seed: int) -> dict:
-    """The `retrieval` of results.json, to the last digit the same in any order of the cases."""
-    read = np.isfinite(cases.image_features).all(1)
-    order = np.array(sorted(np.flatnonzero(read), key=lambda i: cases.ids[i]), int)
-    images, texts, labels = cases.image_features[order], cases.text_features[order], cases.targets[order]
-    groups, words = np.array(cases.groups, object)[order], np.array([t.strip() for t in cases.texts], object)[order]
-    told = (words != "") & np.isfinite(texts).all(1)
-    ill = (labels == 1).any(1)
-
-    def numbers(columns: dict, patients) -> dict:
-        """{metric: (values of the queries (n,), chance)} -> their means, or medians, with intervals."""
-        counts, found = bootstrap_counts(patients, n_resamples, seed) if n_resamples else None, {}
-        for metric, (values, chance) in columns.items():
-            middle = _median if metric == "median_rank" else lambda x, counts: x @ counts / counts.sum(0)
-            found[metric] = middle(values, np.ones((len(values), 1)))[0]
-            if n_resamples:
-                spread = np.quantile(middle(values, counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-                found[f"{metric}_low"], found[f"{metric}_high"] = spread
-            found[f"{metric}_chance"] = chance
-        return found
-
-    def search(queries, gallery, wanted, held, patients) -> dict | None:
-        if not len(queries):
-            return None
-        ranks, n = retrieval_ranks(queries, gallery, wanted, held), len(gallery)
-        rights, many = np.unique(ranks["right"], return_counts=True)
-        by_chance = many / many.sum() @ hit_chance(rights[:, None], n, np.arange(1, n + 1))  # share found up to a rank
-        ks = [k for k in KS if k < n]
-        hits = recall_at_k(ranks, ks).T
-        columns = {f"recall@{k}": (column, by_chance[k - 1]) for k, column in zip(ks, hits, strict=True)}
-        columns["median_rank"] = ranks["rank"], 1 + int(np.searchsorted(by_chance, 0.5))
-        return {"n": len(queries), "n_gallery": n} | numbers(columns, patients)
-
-    def nearest(rows) -> dict | None:
-        if len(set(groups[rows])) < 2:  # nobody to find
-            return None
-        ks, patients, n = [k for k in KS if k < rows.sum()], groups[rows], int(rows.sum())
-        pairs = images[rows], images[rows], labels[rows], labels[rows]
-        values, chance = overlap_at_k(*pairs, ks, patients, patients)
-        columns = {f"map@{k}": (column, chance.mean()) for k, column in zip(ks, values.T, strict=True)}
-        return {"n": n, "n_gallery": n} | numbers(columns, patients)
-
-    published = {}
-    if told.any():
-        ranks = retrieval_ranks(texts[told], images, np.flatnonzero(told), np.arange(len(images)))
-        ks = [k for k in KS if k < len(images)]
-        published = {f"recall@{k}": v for k, v in zip(ks, recall_at_k(ranks, ks).mean(0), strict=True)}
-    ks = [k for k in KS[:-1] if k < ill.sum()]
-    if ks:
-        overlaps = overlap_at_k(images, images[ill], labels, labels[ill], ks)[0].mean(0)
-        published |= {f"map@{k}": v for k, v in zip(ks, np.cumsum(overlaps) / np.arange(1, len(ks) + 1), strict=True)}
-    distinct = np.flatnonzero(told & ~pd.Series(np.where(told, words, "")).duplicated())
-    return {
-        "report_to_volume": search(texts[told], images, words[told], words, groups[told]),
-        "volume_to_report": search(images[told], texts[distinct], words[told], words[distinct], groups[told]),
-        "volume_to_volume": nearest(ill),
-        "as_published": published,
-    }
-
-
-def _median(values, counts) -> np.ndarray:
-    """Median of values (n,), each repeated as often as each column of counts (n, B) says: (B,)."""
-    return np.array([np.median(np.repeat(values, column.astype(int))) for column in counts.T])
+def accuracies(targets, probs, groups, n_resamples: int, seed: int) -> dict:
+    """Top-1 accuracies of the cases with exactly one positive label, and their intervals; see the head of the file."""
+    one = ((targets == 1).sum(1) == 1) & ~np.isnan(targets).any(1)
+    if not one.any():
+        return {"accuracy_n": 0, "accuracy": None, "balanced_accuracy": None, "accuracy_majority": None}
+    is_class, best = targets[one] == 1, probs[one] == probs[one].max(1, keepdims=True)
+    hit = (is_class & best).sum(1) / best.sum(1)  # equal probabilities share the vote
+    weights = np.ones((len(hit), 1))
+    if n_resamples:
+        weights = np.append(weights, bootstrap_counts(groups[one], n_resamples, seed), axis=1)
+    n = is_class.T.astype(float) @ weights  # (K, 1 + B)
+    recalls = (is_class.T * hit) @ weights / np.maximum(n, 1)
+    columns = {"accuracy": hit @ weights / n.sum(0), "balanced_accuracy": recalls.sum(0) / (n > 0).sum(0)}
+    found = {"accuracy_n": int(one.sum()), "accuracy_majority": is_class.mean(0).max()}
+    for name, values in columns.items():
+        found[name] = values[0]
+        if n_resamples:
+            spread = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            found[f"{name}_low"], found[f"{name}_high"] = spread
+    return found
 
 
 def git_commit() -> str | None:
@@ -582,27 +593,20 @@ def git_commit() -> str | None:
 # ==== Output ===================================================================================================
 
 
-def export_features(path: Path, cases: Cases) -> None:
-    """The npz of --export-features; text is stored as unicode arrays, so that it opens without pickle."""
-    arrays = {"ids": cases.ids, "patient_ids": cases.groups, "class_names": cases.class_names}
-    arrays = {name: np.array(values, str) for name, values in arrays.items()} | {
-        "image_features": np.asarray(cases.image_features, np.float32),
-        "text_features": np.asarray(cases.text_features, np.float32),
-        "targets": np.asarray(cases.targets, np.float32),
-    }
-    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
-
-
 def write_outputs(results: dict, cases: Cases, results_path: Path) -> None:
-    """predictions.csv, labels.csv, report.html, and last results.json: where it stands, the rest is complete."""
-    folder = results_path.parent
+    """predictions.csv, labels.csv, report.html, and last the results: where they stand, the rest is complete."""
+    folder, shown = results_path.parent, None
+    if "image_to_text" in results.get("retrieval", {}):
+        write_features(folder, cases.pairs)
+        shown = gallery(cases.pairs, cases.ids, cases.pairs["pictures"])
     labels = {"id": cases.ids, "patient_id": cases.groups}
     for k, name in enumerate(cases.class_names):
         labels[name] = pd.Series(cases.targets[:, k]).astype("Int64")
-    predictions = prediction_table(cases.ids, cases.probs, cases.class_names, cases.thresholds)
-    write_csv(folder / "predictions.csv", predictions)
-    write_csv(folder / "labels.csv", pd.DataFrame(labels))
-    write_report(folder / "report.html", results, cases.targets, cases.probs)
+    if cases.class_names:
+        predictions = prediction_table(cases.ids, cases.probs, cases.class_names, cases.cut(cases.probs))
+        write_csv(folder / "predictions.csv", predictions)
+        write_csv(folder / "labels.csv", pd.DataFrame(labels))
+    write_report(folder / "report.html", results, cases.targets, cases.probs, shown)
     write_atomic(results_path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -623,23 +627,6 @@ def print_table(results: dict) -> None:
     print(line("macro", "", "", results["macro"]))
     print(line("micro", "", "", results["micro"]))
     print(f"macro: over {results['macro']['n_defined']} of {len(results['per_label'])} labels\n")
-    if "retrieval" not in results:
-        return
-    print(f"{'retrieval':<17}  {'queries':>7}  {'gallery':>7}  {'':<11}  {'found' + level:<22}  chance")
-    for key, (title, *_) in RETRIEVAL.items():
-        row, title = results["retrieval"][key] or {"n": 0, "n_gallery": 0}, title.lower()
-        for name in [name for name in row if name.endswith("_chance")]:
-            name, digits = name.removesuffix("_chance"), 1 if "rank" in name else 3
-            found = number(row[name], digits)
-            if f"{name}_low" in row:
-                found += f" [{number(row[f'{name}_low'], digits)}, {number(row[f'{name}_high'], digits)}]"
-            said = name.replace("recall@", "R@").replace("map@", "MAP@").replace("_", " ")
-            counts = f"{row['n']:>7}  {row['n_gallery']:>7}" if title else " " * 16
-            print(f"{title:<17}  {counts}  {said:<11}  {found:<22}  {number(row[name + '_chance'], digits)}")
-            title = ""
-        if title:
-            print(f"{title:<17}  undefined")
-    print()
 
 
 # ==== Main =====================================================================================================
@@ -656,7 +643,8 @@ def main(argv=None) -> int:
             return 0
         if not ctx.master:
             return 3 if cases.failed or cases.incomplete else 0
-    results_path = args.output if args.output.suffix == ".json" else args.output / "results.json"
+    name = "evaluation_results.json" if cases.pairs else "results.json"
+    results_path = args.output if args.output.suffix == ".json" else args.output / name
     for folder in [results_path.parent] + ([args.export_features.parent] if args.export_features else []):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -671,8 +659,10 @@ def main(argv=None) -> int:
         if args.threshold_part:
             cases, part = with_fitted_thresholds(cases, args.threshold_part, args.seed)
         results = score(cases, n_resamples, args.seed)
-        if args.retrieval:
-            results["retrieval"] = retrieval(cases, n_resamples, args.seed)
+        if cases.pairs and not args.linear_probe:
+            results["retrieval"] = pair_retrieval(cases.pairs, cases.ids, n_resamples, args.seed)
+        elif args.retrieval and not cases.pairs:
+            results["retrieval"] = volume_retrieval(cases, n_resamples, args.seed)
     if part:
         results["threshold_part"] = part
     results["provenance"] = cases.files | {
@@ -687,7 +677,10 @@ def main(argv=None) -> int:
     write_outputs(results, cases, results_path)
     print(f"{results['evaluated']} on {results['evaluated_on']}: {results['n']} cases of {people(results)}")
     print(f"Thresholds: {cases.thresholds_source}")
-    print_table(results)
+    if results["per_label"]:
+        print_table(results)
+    if "retrieval" in results:
+        print("\n".join(retrieval_lines(results["retrieval"], n_resamples > 0)) + "\n")
     for warning in warnings_of(results):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"Results: {results_path}\nReport: {results_path.parent / 'report.html'}")

@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--metadata", type=Path, help="CSV with VolumeName, RescaleSlope, RescaleIntercept")
     add("--num-slices", type=int, default=None, help="slices taken from a volume (32; merlin: 160)")
     add("--slice-spacing", type=float, help="distance of slices in mm (evenly over the whole volume)")
-    add("--image-size", type=int, help="side of a slice in pixels")
+    add("--image-size", type=int, help="side of an image in pixels")
     add("--augment", action=onoff, default=True, help="augment training images")
     add("--on-bad-sample", choices=["fail", "skip"], default="fail", help="what an unreadable sample does")
     add("--max-bad-fraction", type=float, default=0.05, help="share of unreadable samples that ends a run")

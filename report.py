@@ -1,10 +1,11 @@
 """One self-contained HTML page from the results of evaluate.py: numbers, curves, calibration, provenance.
 
-evaluate.py writes the page; this script makes it again from the files, without the model:
+evaluate.py writes the page; this script makes it again from the files, without the model, and so without the pictures
+of a retrieval gallery:
     python report.py --results eval/results.json --predictions eval/predictions.csv --labels eval/labels.csv
 
-The page loads nothing: figures are SVG data URIs, there is no script, a CSP meta tag forbids both, and every text that
-came from a file is escaped. It prints on A4, with figures as vectors.
+The page loads nothing: figures are SVG data URIs, photographs JPEG ones, there is no script, a CSP meta tag forbids
+both, and every text that came from a file is escaped. It prints on A4, with figures as vectors.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from common import UserError, calibration_bins, group_of, label_array, need_colu
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
 FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
+FEW_TEXTS = 20  # with fewer distinct texts a recall at K is near 1 by chance, and the choice of texts decides
+FEW_QUERIES = 3  # classes with fewer are not in the table of classes
 FEW_IN_BIN = 10  # bins of a reliability diagram with fewer cases are drawn hollow and not joined
+LONG_TEXT = 280  # characters of a text that the gallery shows
 FIGURE_STYLE = {
     "svg.fonttype": "none",  # text stays text: small files, and readable to a screen reader
     "font.family": "sans-serif",
@@ -162,6 +166,12 @@ def warnings_of(results: dict) -> list[str]:
             f"Fewer than {FEW_POSITIVES} positive or negative cases, so hardly evidence, with intervals that are too "
             f"narrow: {', '.join(few)}"
         )
+    texts = {row["distinct_texts"] for row in results.get("retrieval", {}).get("image_to_text", {}).values() if row}
+    if texts and max(texts) < FEW_TEXTS:
+        found.append(
+            f"There are only {max(texts)} distinct texts: R@K finds much by chance, and the intervals, which are over "
+            "patients, do not cover the choice of the texts"
+        )
     if results["interval"] is None:
         found.append("No confidence intervals were computed (--no-bootstrap)")
     return found
@@ -188,27 +198,25 @@ def unit_axes(axes, xlabel: str, ylabel: str) -> None:
         axis.set_tick_params(length=0, colors="#444444")
 
 
-def draw_roc(axes, y, p, row) -> None:
-    """y (n,) of 0 and 1, p (n,) probabilities; the dot is the stored threshold."""
+def draw_roc(axes, y, p, at, row) -> None:
+    """y (n,) of 0 and 1, p (n,) probabilities, at (n,) bool: flagged, which is the dot."""
     unit_axes(axes, "1 − specificity", "Sensitivity")
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
     fpr, tpr, _ = roc_curve(y, p)
     axes.plot(fpr, tpr, color=BLUE, linewidth=1.8)
-    at = p >= row["threshold"]
     axes.plot(at[y == 0].mean(), at[y == 1].mean(), "o", color=ORANGE, markersize=5.5, clip_on=False)
 
 
-def draw_pr(axes, y, p, row) -> None:
+def draw_pr(axes, y, p, at, row) -> None:
     unit_axes(axes, "Recall (sensitivity)", "Precision (PPV)")
     axes.axhline(y.mean(), color=GREY, linestyle="--", linewidth=1)
     precision, recall, _ = precision_recall_curve(y, p)
     axes.plot(recall, precision, color=BLUE, linewidth=1.8, drawstyle="steps-post")
-    at = p >= row["threshold"]
     if at.any():
         axes.plot(at[y == 1].mean(), y[at].mean(), "o", color=ORANGE, markersize=5.5, clip_on=False)
 
 
-def draw_reliability(axes, y, p, row) -> None:
+def draw_reliability(axes, y, p, at, row) -> None:
     """Dots: mean probability and share of positives of each bin; bars: 95 % Wilson interval of that share."""
     unit_axes(axes, "Mean predicted probability", "Share of positives")
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
@@ -224,7 +232,7 @@ def draw_reliability(axes, y, p, row) -> None:
     axes.plot(mean[~many], share[~many], "o", color=BLUE, markerfacecolor="white", markersize=4.5)
 
 
-def draw_histogram(axes, y, p, row) -> None:
+def draw_histogram(axes, y, p, at, row) -> None:
     """Share of the positive and of the negative cases in each of 20 bins: comparable however rare the label is."""
     edges = np.linspace(0, 1, 21)
     for side, color, style in ((0, BLUE, "-"), (1, ORANGE, "-")):
@@ -233,7 +241,8 @@ def draw_histogram(axes, y, p, row) -> None:
             share = np.histogram(chosen, edges)[0] / len(chosen)
             axes.stairs(share, edges, fill=True, color=color, alpha=0.22)
             axes.stairs(share, edges, color=color, linewidth=1.5, linestyle=style)
-    axes.axvline(row["threshold"], color="#333333", linestyle=":", linewidth=1.2)
+    if row["threshold"] is not None:
+        axes.axvline(row["threshold"], color="#333333", linestyle=":", linewidth=1.2)
     axes.set(xlim=(-0.02, 1.02), xlabel="Predicted probability", ylabel="Share of cases", xticks=[0, 0.5, 1])
     axes.set_ylim(0, max(0.01, axes.get_ylim()[1]))
     axes.tick_params(length=0, colors="#444444")
@@ -289,16 +298,22 @@ def ks_of(row: dict, metric: str) -> list[int]:
     ]
 
 
-def draw_retrieval(axes, row: dict, metric: str, short: str) -> None:
-    """Share found at each K, with its interval, and what chance finds."""
-    ks = ks_of(row, metric)
-    value, chance, low, high = ([row.get(f"{metric}@{k}{end}") for k in ks] for end in ("", "_chance", "_low", "_high"))
-    x = range(len(ks))
-    axes.plot(x, chance, "o--", color=GREY, linewidth=1, markersize=3.5)
-    if None not in low:
-        axes.vlines(x, low, high, color=BLUE, linewidth=5, alpha=0.35)
-    axes.plot(x, value, "o-", color=BLUE, linewidth=1.8, markersize=5)
-    axes.set(xlim=(-0.4, len(ks) - 0.6), ylim=(-0.02, 1.02), xlabel="K", ylabel=f"{short}@K", xticks=x)
+def draw_retrieval(axes, row: dict, kinds, ylabel: str) -> None:
+    """Share found at each K, with its interval, and dashed what chance finds.
+
+    kinds: (metric, its colour, that of chance, marker, shift along K) of each curve.
+    """
+    ks = sorted({k for metric, *_ in kinds for k in ks_of(row, metric)})
+    for metric, color, of_chance, marker, shift in kinds:
+        own, ends = ks_of(row, metric), ("", "_chance", "_low", "_high")
+        value, chance, low, high = ([row.get(f"{metric}@{k}{end}") for k in own] for end in ends)
+        x = np.array([ks.index(k) for k in own]) + shift
+        hollow = {"markerfacecolor": "white"} if of_chance == color else {}
+        axes.plot(x, chance, marker + "--", color=of_chance, linewidth=1, markersize=3.5, **hollow)
+        if None not in low:
+            axes.vlines(x, low, high, color=color, linewidth=5, alpha=0.35)
+        axes.plot(x, value, marker + "-", color=color, linewidth=1.8, markersize=5)
+    axes.set(xlim=(-0.4, len(ks) - 0.6), ylim=(-0.02, 1.02), xlabel="K", ylabel=ylabel, xticks=range(len(ks)))
     axes.set_xticklabels(map(str, ks))
     axes.tick_params(length=0, colors="#444444")
 
@@ -307,6 +322,8 @@ def retrieval_section(results: dict) -> str:
     """Table and curves of the retrieval; '' where there was none."""
     if "retrieval" not in results:
         return ""
+    if "image_to_text" in results["retrieval"]:
+        return pair_section(results)
     ks = sorted({k for key, kind in RETRIEVAL.items() for k in ks_of(results["retrieval"][key] or {}, kind[1])})
     rows, panels, how = "", "", results["interval"]
     for key, (title, metric, short, _) in RETRIEVAL.items():
@@ -323,7 +340,8 @@ def retrieval_section(results: dict) -> str:
             f"<tr><td>{title}<small>{short}@K</small></td><td>{row['n']}</td><td>{row['n_gallery']}</td>{cells}</tr>\n"
         )
         if ks_of(row, metric):
-            uri = figure_uri(lambda axes, row=row, kind=(metric, short): draw_retrieval(axes, row, *kind), key)
+            kind = [(metric, BLUE, GREY, "o", 0)], f"{short}@K"
+            uri = figure_uri(lambda axes, row=row, kind=kind: draw_retrieval(axes, row, *kind), key)
             panels += f'<figure><img src="{uri}" alt="{title}: {short}@K against chance">'
             panels += f"<figcaption><b>{title}</b><br>{row['n']} queries</figcaption></figure>"
     text = "Blue: this model. Dashed: chance, a random order. Equal scores count as if in random order."
@@ -350,16 +368,150 @@ def retrieval_section(results: dict) -> str:
 <tbody>{rows}</tbody></table></div><dl>{terms}</dl><div class="grid">{panels}</div></section>"""
 
 
+PAIR_METRICS = {  # of results.json: column, digits
+    "recall@1": ("R@1", 3), "recall@5": ("R@5", 3), "recall@10": ("R@10", 3), "mean_recall": ("Mean recall", 3),
+    "median_rank": ("Median rank", 1), "class_recall@1": ("Class R@1", 3), "class_recall@5": ("Class R@5", 3),
+    "class_recall@10": ("Class R@10", 3), "class_map": ("Class MAP", 3),
+}  # fmt: skip
+CURVES = [("recall", BLUE, BLUE, "o", -0.06), ("class_recall", ORANGE, ORANGE, "s", 0.06)]
+DIRECTIONS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
+MARKS = {  # of an answer in the gallery: sign, word, class of its frame
+    "report": ("✓", "same report", "right"),
+    "class": ("○", "same class", "near"),
+    "other": ("✗", "other class", "wrong"),
+    "wrong": ("✗", "another report", "wrong"),
+}
+
+
+def pair_rows(rows: dict[str, dict | None], metrics, ends=("chance", "fixed")) -> str:
+    """Table of some rows; `rows`: title -> numbers; ends: what stands below a number and its interval."""
+    head = "".join(f"<th>{PAIR_METRICS[name][0]}</th>" for name in metrics)
+    body = ""
+    for title, row in rows.items():
+        if row is None:
+            empty = f'<td class="undefined" colspan="{len(metrics) + 2}">undefined: no query</td>'
+            body += f"<tr><td>{esc(title)}</td>{empty}</tr>\n"
+            continue
+        counts = [str(row["n"]), str(row["n_gallery"])]
+        if any(name.startswith("class_") for name in metrics) and (row["class_n"], row["class_n_gallery"]) != (
+            row["n"], row["n_gallery"]):  # fmt: skip
+            counts = [
+                f"{a}<small>class {row[f'class_{k}']}</small>" for a, k in zip(counts, ("n", "n_gallery"), strict=True)
+            ]
+        body += f"<tr><td>{esc(title)}</td><td>{counts[0]}</td><td>{counts[1]}</td>"
+        for name in metrics:
+            digits = PAIR_METRICS[name][1]
+            if row.get(f"{name}_chance") is None:
+                body += "<td></td>"
+                continue
+            small = f"<small>{interval(row, name, digits)}</small>"
+            small += "".join(f"<small>{end} {number(row[f'{name}_{end}'], digits)}</small>" for end in ends)
+            body += f"<td>{number(row[name], digits)}{small}</td>"
+        body += "</tr>\n"
+    return f"""<div class="scroll"><table><thead><tr><th>Search</th><th>Queries</th><th>Gallery</th>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>"""
+
+
+def pair_section(results: dict) -> str:
+    """Tables and curves of the retrieval of fundus pairs and texts, over heads, directions and classes."""
+    found, how, rows, panels, classes = results["retrieval"], results["interval"], {}, "", {}
+    for key, direction in DIRECTIONS.items():
+        for level, row in found[key].items():
+            title = f"{direction}, {level}"
+            rows[title] = row
+            if row and (ks_of(row, "recall") or ks_of(row, "class_recall")):
+                uri = figure_uri(lambda axes, row=row: draw_retrieval(axes, row, CURVES, "Share found"), key + level)
+                panels += f'<figure><img src="{uri}" alt="{title}: recall at K against chance">'
+                panels += f"<figcaption><b>{title}</b><br>{row['n']} queries</figcaption></figure>"
+        for name, row in ((found[key].get("patient") or {}).get("per_class") or {}).items():
+            classes[f"{name}, {direction.lower()}"] = row if row["class_n"] >= FEW_QUERIES else None
+    shown = [
+        name for name in PAIR_METRICS if any(row and row.get(f"{name}_chance") is not None for row in rows.values())
+    ]
+    text = (
+        "Each head of the model apart: patient (both eyes), left and right eye. R@K: share of the queries with a right "
+        "answer among the first K; blue in the curves. Right is the same report: one of the image's own, or word for "
+        "word the same. Class R@K (orange) and class MAP, the mean average precision over all right answers: right is "
+        "what has the class of the query. The gallery of texts holds each distinct text once. Chance "
+        "(dashed, hollow): a random order. Fixed: one order for every query, what is right most often first, which a "
+        "model that does not look at the query can get by luck: a number is evidence if its interval is above both."
+    )
+    if how:
+        text += (
+            f" Small print and bars: {100 * how['level']:.0f} % intervals; the patients of the queries are resampled, "
+            "the gallery stays. Where nothing, or everything, was found an interval has no width, and says nothing."
+        )
+    by_class = [name for name in shown if name in ("recall@1", "class_recall@1", "class_recall@5", "class_map")]
+    many = {title: row for title, row in sorted(classes.items()) if row}
+    text_2 = "By class of the query, patient head. The other heads, every K, and the classes of fewer than "
+    text_2 += f"{FEW_QUERIES} queries ({len(classes) - len(many)} rows) are in the results file."
+    table = pair_rows(many, by_class, ["chance"]) if many else ""
+    by_class = f"<h3>By class</h3><p>{text_2}</p>{table}" if classes else "<p>The data have no two classes to find.</p>"
+    return f"""
+<section><h2>Retrieval</h2><p>{esc(text)}</p>{pair_rows(rows, shown)}<div class="grid three">{panels}</div>
+{by_class}</section>"""
+
+
+def gallery_section(results: dict, gallery: list[dict] | None) -> str:
+    """Queries with their best answers, as `retrieval.gallery` gives them, right and wrong marked by colour and word."""
+    if "image_to_text" not in results.get("retrieval", {}):
+        return ""
+    if gallery is None:
+        text = (
+            "Not in this page, which was made again from the results files: evaluate.py draws it from the photographs."
+        )
+        return f"\n<section><h2>Retrieval gallery</h2><p>{text}</p></section>"
+
+    def eyes(one: dict) -> str:
+        if not one["pictures"]:
+            return '<span class="gone">unreadable</span>'
+        sides = ("left eye", "right eye") if len(one["pictures"]) == 2 else ("photograph",)
+        drawn = ""
+        for side, uri in zip(sides, one["pictures"], strict=True):
+            alt = esc(f"{side} of {one['id']}")
+            drawn += f'<img src="{uri}" alt="{alt}">' if uri else f'<span class="gone">no {side}</span>'
+        return f'<span class="eyes">{drawn}</span>'
+
+    def words(one: dict) -> str:
+        text = " ".join(one["text"].split())
+        return f"<q>{esc(text if len(text) <= LONG_TEXT else text[:LONG_TEXT] + ' …')}</q>"
+
+    def answer(one: dict) -> str:
+        sign, word, kind = MARKS[one["mark"]]
+        said = " · ".join(esc(x) for x in (one["id"], one["class"], f"{one['score']:.3f}") if x)
+        content = eyes(one) if one["pictures"] or not one["text"] else words(one)
+        return f'<li class="{kind}"><b>{sign} {word}</b>{content}<small>{said}</small></li>'
+
+    parts = {"text": "", "image": ""}
+    for one in gallery:
+        query, kind = one["query"], one["kind"]
+        about = f"{kind} {query['id']}{', class ' + query['class'] if query['class'] else ''}; the same report is at "
+        about = esc(f"{about}rank {one['rank']:g} of {one['gallery']}")
+        content = words(query) if kind == "text" else eyes(query)
+        answers = "".join(map(answer, one["answers"]))
+        parts[kind] += f'<div class="ask {kind}"><div>{content}<small>{about}</small></div><ol>{answers}</ol></div>'
+    text = (
+        "The patient head at work, best answer first, with the cosine of the features. The queries are spread evenly "
+        "over the ids, whatever the model makes of them: they are not the best ones. ✓ blue: the same report. ○ green: "
+        "another report, the same class. ✗ orange: neither. Left eye on the left."
+    )
+    return f"""
+<section><h2>Retrieval gallery</h2><p>{esc(text)}</p><h3>A text asks, pairs of eyes answer</h3>{parts["text"]}
+<h3>A pair of eyes asks, texts answer</h3>{parts["image"]}</section>"""
+
+
 def figures_section(title, text, draw, metric, results, targets, probs) -> str:
     """One kind of panel for every label, in the order of the table; labels that cannot be drawn are named with why."""
     panels, left_out = [], []
+    cut = [row["threshold"] for row in results["per_label"].values()]
+    flagged = probs >= (probs.max(1, keepdims=True) if None in cut else np.array(cut))
     for k, (name, row) in enumerate(results["per_label"].items()):
         known = ~np.isnan(targets[:, k]) & ~np.isnan(probs[:, k])
-        y, p = targets[known, k], probs[known, k]
+        y, p, at = targets[known, k], probs[known, k], flagged[known, k]
         if not len(y) or (row["auroc"] is None and metric in ("auroc", "auprc")):
             left_out.append(f"{name} ({why_undefined(row)})")
             continue
-        uri = figure_uri(lambda axes, y=y, p=p, row=row: draw(axes, y, p, row), f"{title}{k}")
+        uri = figure_uri(lambda axes, y=y, p=p, at=at, row=row: draw(axes, y, p, at, row), f"{title}{k}")
         if metric:
             between = interval(row, metric)
             said = f"{metric.upper()} {number(row[metric])}" + (f" [{between}]" if between else "")
@@ -406,6 +558,17 @@ figcaption { font-size: 14px; line-height: 1.35; padding-left: 6px; } figcaption
 .facts td:first-child { width: 210px; color: #555; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 10px 0; }
 dt { font-weight: 600; } dd { margin: 0; max-width: 78ch; }
+h3 { font-size: 17px; margin: 24px 0 4px; } .grid.three { grid-template-columns: repeat(3, 1fr); max-width: 960px; }
+.ask { display: grid; grid-template-columns: 232px 1fr; gap: 16px; padding: 12px 0; border-top: 1px solid #e6e6e6; }
+.ask ol { display: grid; gap: 8px; margin: 0; padding: 0; list-style: none; } q { overflow-wrap: anywhere; }
+.ask.text ol { grid-template-columns: repeat(5, 1fr); } .ask small, q { line-height: 1.35; overflow-wrap: anywhere; }
+.ask li { border: 1px solid #ddd; border-left: 6px solid; border-radius: 3px; padding: 4px 8px; font-size: 14px; }
+.ask.image li { display: grid; grid-template-columns: 150px 1fr 190px; gap: 10px; }
+.ask .right { border-left-color: #0072B2; background: #eef6fb; } .right b { color: #00568a; }
+.ask .near { border-left-color: #009E73; background: #eef8f4; } .near b { color: #00664b; }
+.ask .wrong { border-left-color: #D55E00; background: #fdf3ec; } .wrong b { color: #a34700; }
+.eyes { display: flex; gap: 3px; } .eyes img { width: 50%; max-width: 112px; display: block; }
+.gone { color: #555; font-style: italic; font-size: 13px; }
 @media screen and (max-width: 900px) { .grid { grid-template-columns: repeat(2, 1fr); } dl { display: block; } }
 @page { size: A4; margin: 13mm 12mm; }
 @media print {
@@ -414,7 +577,7 @@ dt { font-weight: 600; } dd { margin: 0; max-width: 78ch; }
   table { font-size: 8.5pt; } th, td { padding: 2.5pt 4pt; } small { font-size: 7.5pt; } .tile b { font-size: 18pt; }
   th:first-child, td:first-child { min-width: 80pt; } .mark { width: 62pt; height: 13.5pt; }
   thead { display: table-header-group; } .scroll { overflow: visible; } figcaption { font-size: 8.5pt; }
-  p, tr, .tile, .warnings, figure { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
+  p, tr, .tile, .warnings, figure, .ask { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
   .grid { gap: 10pt 8pt; }
 }
 """
@@ -469,7 +632,7 @@ def table_row(name: str, under: str, n, positives: str, row: dict) -> str:
         f"<tr><td>{esc(name)}<small>{esc(under)}</small></td><td>{n}</td><td>{positives}</td>"
         + (cell(row, "auroc") + mark(row) + cell(row, "auprc") + f'<td class="chance">{chance}</td>')
         + "".join(cell(row, metric) for metric in ("f1", "precision", "recall", "specificity"))
-        + f"<td>{number(row['threshold']) if 'threshold' in row else ''}</td></tr>\n"
+        + f"<td>{number(row['threshold']) if row.get('threshold') is not None else ''}</td></tr>\n"
     )
 
 
@@ -480,7 +643,9 @@ def table_section(results: dict) -> str:
         rows += table_row(name, "", row["n"], f"{row['positives']}{share}", row)
     defined = f"{results['macro']['n_defined']} of {len(results['per_label'])} labels"
     totals = table_row("Macro", defined, "", "", results["macro"]) + table_row("Micro", "", "", "", results["micro"])
-    text = f"Thresholds: {results['thresholds_source']}. A case is flagged when its probability reaches the threshold."
+    text = f"Thresholds: {results['thresholds_source']}."
+    if any(row["threshold"] is not None for row in results["per_label"].values()):
+        text += " A case is flagged when its probability reaches the threshold."
     if how:
         text += (
             f" Small print: {100 * how['level']:.0f} % intervals, percentile bootstrap over {people(results)}, "
@@ -501,31 +666,46 @@ def fact(name: str, value) -> str:
     return f"<tr><td>{esc(name.replace('_', ' '))}</td><td>{esc(text)}</td></tr>"
 
 
+HEADLINE = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
+
+
 def headline(results: dict) -> str:
     """The few numbers one quotes, with their intervals."""
-    tiles = ""
-    for average, metric, title in (
-        ("macro", "auroc", "Macro AUROC"),
-        ("macro", "auprc", "Macro AUPRC"),
-        ("macro", "f1", "Macro F1"),
-        ("micro", "f1", "Micro F1"),
-    ):
-        row = results[average]
+    tiles, kinds = "", []
+    if "accuracy" in results["overall"]:
+        overall = results["overall"] | {"accuracy_chance": results["overall"]["accuracy_majority"]}
+        kinds += [(results["macro"], "auroc", "Macro AUROC"), (overall, "accuracy", "Top-1 accuracy")]
+        kinds += [(overall, "balanced_accuracy", "Balanced accuracy")]
+    elif results["per_label"]:
+        kinds += [(results["macro"], metric, f"Macro {name}") for metric, name in HEADLINE.items()]
+        kinds += [(results["micro"], "f1", "Micro F1")]
+    for key, direction in DIRECTIONS.items():
+        row = results.get("retrieval", {}).get(key, {}).get("patient") or {}
+        for metric in ("recall@1", "class_map"):
+            if row.get(metric) is not None:
+                kinds.append((row, metric, f"{direction}, {PAIR_METRICS[metric][0]}"))
+    for row, metric, title in kinds:
         between = interval(row, metric)
         small = f"{100 * results['interval']['level']:.0f} % interval {between}" if between else ""
+        if row.get(f"{metric}_chance") is not None:
+            word = "always the commonest" if metric == "accuracy" else "chance"
+            small += f"<br>{word} {number(row[metric + '_chance'])}"
         tiles += f'<div class="tile"><small>{title}</small><b>{number(row.get(metric))}</b><small>{small}</small></div>'
     return f'<div class="tiles">{tiles}</div>'
 
 
-def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray) -> None:
-    """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load."""
+def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray, gallery=None) -> None:
+    """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load;
+    gallery: of `retrieval.gallery`, None where its pictures are not at hand."""
     title = esc(f"Evaluation of {results['evaluated']}")
     about = f"{results['n']} cases of {people(results)}, {len(results['per_label'])} labels"
     warnings = "".join(f"<li>{esc(sentence)}</li>" for sentence in warnings_of(results))
     if warnings:
         warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
     reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
-    figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS)
+    tables = table_section(results) if results["per_label"] else ""
+    reading = f"<section><h2>How to read this</h2><dl>{reading}</dl></section>" if tables else ""
+    figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS) if tables else ""
     origin = "".join(fact(name, value) for name, value in results["provenance"].items())
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -533,8 +713,8 @@ def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarr
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <header><h1>{title}</h1><p class="sub">{esc(about)}. Data: {esc(results["evaluated_on"])}.</p></header>
-{warnings}{headline(results)}{table_section(results)}{retrieval_section(results)}
-<section><h2>How to read this</h2><dl>{reading}</dl></section>{figures}
+{warnings}{headline(results)}{tables}{retrieval_section(results)}{gallery_section(results, gallery)}
+{reading}{figures}
 <section><h2>Where these numbers come from</h2><table class="facts"><tbody>{origin}</tbody></table></section>
 </body></html>
 """
@@ -549,8 +729,8 @@ def main(argv=None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--results", type=Path, required=True, help="results.json of evaluate.py")
-    parser.add_argument("--predictions", type=Path, required=True, help="predictions.csv of the same evaluation")
-    parser.add_argument("--labels", type=Path, required=True, help="labels.csv of the same evaluation")
+    parser.add_argument("--predictions", type=Path, help="predictions.csv of the same evaluation, if it had labels")
+    parser.add_argument("--labels", type=Path, help="labels.csv of the same evaluation")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     args = parser.parse_args(argv)
     try:
@@ -560,7 +740,11 @@ def main(argv=None) -> int:
         raise UserError(f"{args.results}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{args.results}: not a results file of evaluate.py ({e})") from e
-    _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names, failed)
+    targets = probs = np.empty((0, 0))
+    if names and not (args.predictions and args.labels):
+        raise UserError(f"{args.results}: has labels (give --predictions and --labels)")
+    if names:
+        _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names, failed)
     write_report(args.out, results, targets, probs)
     print(f"Report: {args.out}")
     return 0

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, default=Path("./ct_rate_data"), help="CT-RATE folder, for its label CSV")
     add("--slice-dir", type=Path, default=Path("./ct_rate_2d"), help="folder of prepare_ct.py slices")
     add("--label-columns", nargs="+", default=LABELS, metavar="NAME", help="columns to predict")
-    add("--image-size", type=int, help="side of a slice in pixels")
+    add("--image-size", type=int, help="side of an image in pixels")
     add("--windows", nargs="+", metavar="W", help=f"{', '.join(common.WINDOWS)} or centre,width in HU, one a channel")
     add("--augment", action=onoff, default=True, help="augment training images")
     add("--rotation", type=float, default=10.0, help="largest turn in degrees")

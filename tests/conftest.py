@@ -108,7 +108,8 @@ def start_and_kill(words, world, after, out):
     )  # fmt: skip
     deadline, text = time.time() + 120, ""
     while time.time() < deadline and process.poll() is None and f"Step {after}/" not in text:
-        text = "".join(log.read_text() for log in out.rglob("training.log"))
+        logs = [*out.rglob("training.log"), *out.rglob("out_*.log")]
+        text = "".join(log.read_text() for log in logs)
         time.sleep(0.005)
     # launcher, ranks (in their own sessions), data workers
     subprocess.run(["pkill", "-9", "-f", str(out)], check=False)
@@ -259,3 +260,82 @@ def real_slices(shared: Path, folder: Path) -> Path:
         columns = ["slice_id", "volume_name", "file_path", "patient_id", "COVID"]
         pd.DataFrame(rows, columns=columns).to_csv(folder / "splits" / f"{name}_slices.csv", index=False)
     return folder
+
+
+def write_fundus(folder: Path, pairs, images, labels=None, monocular: bool = False) -> None:
+    """An LMDB folder as the original builders write it, and the same as TSV and JSONL beside it ({folder}_imgs.tsv).
+
+    pairs: [(image id, text id, text)]; images: {id: (left, right)} of image files, b'' = missing, or {id: (file,)}.
+    """
+    import base64
+    import pickle
+
+    import lmdb
+
+    encoded = {k: tuple(base64.urlsafe_b64encode(x).decode() for x in v) for k, v in images.items()}
+    value = (lambda v: v[0].encode()) if monocular else pickle.dumps
+    contents = {"imgs": {str(k): value(v) for k, v in encoded.items()} | {"num_images": b"%d" % len(images)}}
+    contents["pairs"] = {str(i): pickle.dumps(p) for i, p in enumerate(pairs)} | {"num_samples": b"%d" % len(pairs)}
+    for name, items in contents.items():
+        (folder / name).mkdir(parents=True)
+        with lmdb.open(str(folder / name), map_size=2**24) as env, env.begin(write=True) as txn:
+            for k, v in items.items():
+                txn.put(k.encode(), v)
+    lines = ["\t".join([str(k), *v]) + "\n" for k, v in encoded.items()]
+    folder.with_name(folder.name + "_imgs.tsv").write_text("".join(lines))
+    texts = {}
+    for image, text_id, text in pairs:
+        texts.setdefault(text_id, {"text_id": text_id, "text": text, "image_ids": []})["image_ids"].append(image)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in texts.values()]
+    folder.with_name(folder.name + "_texts.jsonl").write_text("".join(lines))
+    if labels is not None:
+        labels.to_csv(folder / "labels.csv", index=False)
+        labels.to_csv(folder.with_name(folder.name + "_labels.csv"), index=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_fundus(tmp_path_factory):
+    """A folder with train (16 pairs of eyes, 18 reports) and val (9 and 10), as LMDB and as TSV/JSONL, and vocab.txt.
+
+    `first` is a bright upper half of an eye, `second` a bright lower half, of 32 pixels; patient 1 of val has no right
+    eye. The first two images of a split have a second report, and two of training the same report.
+    """
+    import io
+
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("tiny_fundus"), np.random.default_rng(0)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] . : left right both eyes eye first second case again".split()
+    words += [str(i) for i in range(40)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    for split, cases in (("train", range(16)), ("val", range(16, 25))):
+        images, pairs, rows = {}, [], []
+        for i in cases:
+            eyes, names = [], ["first" if bit else "second" for bit in (i % 2, (i // 2) % 2)]
+            for eye in names:
+                pixels = rng.normal(90, 20, (32, 32, 3))
+                half = slice(0, 16) if eye == "first" else slice(16, 32)
+                pixels[half] += 90
+                file = io.BytesIO()
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+                eyes.append(file.getvalue())
+            images[f"P{i}"] = (eyes[0], b"" if i == 17 else eyes[1])
+            case = 1 if i in (1, 9) else i  # 1 and 9: the same patient's words
+            pairs.append((f"P{i}", i, f"case {case}. left eye: {names[0]}. right eye: {names[1]}."))
+            if i in (0, 1, 16):
+                pairs.append((f"P{i}", 100 + i, f"again case {i}: left {names[0]}, right {names[1]}."))
+            label = names[0] if names[0] == names[1] else " / ".join(names)
+            rows.append([f"P{i}", f"p{i}", label, *names])
+        table = pd.DataFrame(rows, columns=["image_id", "patient_id", "label", "left_label", "right_label"])
+        write_fundus(folder / split, pairs, images, table)
+    return folder
+
+
+def fundus_args(folder, out, *more):
+    """Command line of a run of seconds: the tiny presets on 32 pixels, steps of 4 pairs, three epochs."""
+    return [
+        "train_retclip.py", "--train-data", folder / "train", "--val-data", folder / "val", "--vision-model", "tiny",
+        "--text-model", "tiny", "--image-size", 32, "--vocab", folder / "vocab.txt", "--batch-size", 4, "--epochs", 3,
+        "--lr", "1e-3", "--warmup", 2, "--num-workers", 0, "--save-every", 3, "--log-interval", 1, "--output-dir", out,
+        *more,
+    ]  # fmt: skip

@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run
+from sklearn.metrics import average_precision_score
 
-from common import hit_chance, overlap_at_k, recall_at_k, retrieval_ranks
+from common import (
+    average_precision,
+    average_precision_chance,
+    hit_chance,
+    overlap_at_k,
+    recall_at_k,
+    retrieval_ranks,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files at {GOLDEN}")
@@ -112,6 +120,62 @@ def test_no_right_answer_is_undefined():
     assert ranks["right"].tolist() == [1, 0] and np.isnan(ranks["rank"][1]) and np.isnan(recall_at_k(ranks, [1])[1, 0])
 
 
+def test_a_matrix_of_right_answers():
+    """The same numbers as equal ids, and as they come for many to many."""
+    rng = np.random.default_rng(5)
+    x, y, a, b = unit(rng, 30, 6), unit(rng, 40, 6), rng.integers(0, 9, 30), rng.integers(0, 9, 40)
+    one = retrieval_ranks(x, y, a, b)
+    other = retrieval_ranks(x, y, right=a[:, None] == b, chunk=7)
+    assert all(np.array_equal(one[k], other[k], equal_nan=True) for k in one)
+    same = average_precision(x, y, a, b), average_precision(x, y, right=a[:, None] == b, chunk=7)
+    np.testing.assert_array_equal(*same)
+    right = rng.random((30, 40)) < 0.1
+    right[:, 7] = True
+    right[3] = False
+    ranks = retrieval_ranks(x, y, right=right, chunk=11)
+    slow = [1 + [right[i, j] for j in np.argsort(-(y @ x[i]))].index(True) if i != 3 else np.nan for i in range(30)]
+    np.testing.assert_array_equal(ranks["rank"], slow)
+
+
+def slow_average_precision(scores, right):
+    """Of one query: the mean over every order of the gallery in which a higher score comes first."""
+    values = []
+    for order in itertools.permutations(range(len(scores))):
+        if all(scores[i] >= scores[j] for i, j in itertools.pairwise(order)):
+            hits = [right[i] for i in order]
+            values.append(np.mean([np.mean(hits[: k + 1]) for k in range(len(hits)) if hits[k]]))
+    return np.mean(values)
+
+
+def test_average_precision():
+    """scikit-learn's where no scores are equal, else the mean over all orders; undefined where nothing is right."""
+    rng = np.random.default_rng(6)
+    scores, right = rng.normal(size=(25, 60)), rng.random((25, 60)) < 0.15
+    right[4] = False
+    ours = average_precision(*scores_as_features(scores), right=right, chunk=8)
+    assert np.isnan(ours[4])
+    for i in np.flatnonzero(right.any(1)):
+        assert ours[i] == pytest.approx(average_precision_score(right[i], scores[i]), abs=1e-12)
+    scores, right = rng.integers(0, 3, (8, 7)) / 4, rng.random((8, 7)) < 0.4
+    right[:, 0] = True
+    ours = average_precision(*scores_as_features(scores + rng.normal(size=(8, 7)) * 1e-9), right=right, chunk=3)
+    np.testing.assert_allclose(ours, [slow_average_precision(*row) for row in zip(scores, right, strict=True)])
+
+
+def test_chance_of_average_precision():
+    """The mean over all orders; what random features get on average, and equal features exactly."""
+    for right, total in ((1, 1), (1, 5), (2, 5), (5, 5), (3, 7)):
+        slow = slow_average_precision(np.zeros(total), np.arange(total) < right)
+        assert average_precision_chance(right, total) == pytest.approx(slow, abs=1e-12)
+    assert np.isnan(average_precision_chance([0, 1], 3)).tolist() == [True, False]
+    rng, ids = np.random.default_rng(7), np.repeat(np.arange(4), [3, 7, 15, 25])
+    chance = average_precision_chance(np.bincount(ids)[ids], 50)
+    same = np.ones((50, 3)) / 3**0.5
+    np.testing.assert_allclose(average_precision(same, same, ids, ids), chance, atol=1e-12)
+    means = [average_precision(unit(rng, 50, 8), unit(rng, 50, 8), ids, ids).mean() for _ in range(200)]
+    assert abs(np.mean(means) - chance.mean()) < 4 * np.std(means) / 200**0.5
+
+
 def slow_overlap(scores, query_label, labels, own, k, rng, rounds=1):
     """Of one query: sort, take the first k of others, label by label; ties in random order."""
     means = []
@@ -168,6 +232,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 n = 1024  # queries of two chunks: each further chunk takes the same again
 common.retrieval_ranks(np.concatenate([x[:n]]), y)
+common.average_precision(x[:n], y, np.arange(n) % 9, np.arange(10_000) % 9)
 common.overlap_at_k(x[:n], y, labels[:n], labels, [1, 5, 10, 50, 100])
 print(peak() - before)
 """
