@@ -1276,6 +1276,11 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: refused, it holds more than weights: {unsafe_globals(path)}") from e
+    except RuntimeError as e:
+        if "TorchScript" not in str(e):
+            raise UserError(f"{path}: not a readable weight file ({type(e).__name__})") from e
+        way = f"torch.save(torch.jit.load('{path.name}', map_location='cpu').state_dict(), 'weights.pt')"
+        raise UserError(f"{path}: refused, a TorchScript archive is code (where you trust it: {way})") from e
     except Exception as e:  # torch.load of a text or a cut file raises nearly anything
         raise UserError(f"{path}: not a readable weight file ({type(e).__name__})") from e
     for key in ("state_dict", "model_state_dict", "model"):

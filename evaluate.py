@@ -447,8 +447,8 @@ def with_fitted_thresholds(cases: Cases, share: float, seed: int) -> tuple[Cases
 def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
     """The cases with probabilities of a linear probe of the training data's image features.
 
-    For each label a logistic regression on features standardised over the patients it is fitted to; how strongly it is
-    regularised is chosen by the log-loss, and the threshold by F1, on the training patients held out.
+    For each label a logistic regression on standardised features. How strongly it is regularised is chosen by the
+    log-loss, and the threshold by F1, on training patients held out; then it is fitted again to all of them.
     """
     train, names = cases.training, cases.class_names
     shared = sorted(set(train["groups"]) & set(cases.groups))
@@ -460,7 +460,7 @@ def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
     fit, held = read & ~held, read & held
     if not fit.any() or not held.any():
         raise UserError("--linear-probe: too few training patients that could be read (or another --seed)")
-    mean, std = x[fit].mean(0), x[fit].std(0)
+    mean, std = x[read].mean(0), x[read].std(0)
     std[std == 0] = 1
     x, scored = (x - mean) / std, (cases.image_features.astype(np.float64) - mean) / std
     loaded = np.isfinite(scored).all(1)
@@ -472,13 +472,15 @@ def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
             probs[loaded, k] = held_probs[:, k] = y[a, k].mean() if a.any() else 0.5
             constant.append(name)
             continue
-        best = np.inf
-        for strength in PROBE_C:
-            model = LogisticRegression(C=strength, max_iter=2000).fit(x[a], y[a, k])
-            p = model.predict_proba(x[held])[:, 1]
+        best, strength = np.inf, PROBE_C[0]
+        for c in PROBE_C:
+            p = LogisticRegression(C=c, max_iter=2000).fit(x[a], y[a, k]).predict_proba(x[held])[:, 1]
             loss = log_loss(y[held, k], p) if b.any() else 0.0
             if loss < best:
-                best, held_probs[:, k], probs[loaded, k] = loss, p, model.predict_proba(scored[loaded])[:, 1]
+                best, strength, held_probs[:, k] = loss, c, p
+        known = read & ~np.isnan(y[:, k])
+        model = LogisticRegression(C=strength, max_iter=2000).fit(x[known], y[known, k])
+        probs[loaded, k] = model.predict_proba(scored[loaded])[:, 1]
     thresholds, source = threshold, f"{threshold} (--threshold)"
     if threshold is None:
         thresholds = f1_thresholds(y[held], held_probs)

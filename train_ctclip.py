@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dropout-rate", type=float, default=0.3, help="dropout in the classification head")
     add("--freeze-vq", action="store_true", help="keep the codebook as it is")
     add("--freeze-text", action="store_true", help="train the image side alone")
-    add("--freeze-vision", action="store_true", help="train the text side alone; the codebook rests")
+    add("--freeze-vision", action="store_true", help="train the text side alone")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", "--loss-type", choices=["clip", "siglip"], default="clip", help="loss")

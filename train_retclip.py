@@ -358,11 +358,10 @@ def open_lmdb(folder: Path):
     try:
         with path.open("rb") as file:
             head = file.read(2 * 65536)
-        size = struct.unpack_from("<I", head, 40)[0]  # bytes of a page
-        metas = [struct.unpack_from("<QQ", head, page + 136) for page in (0, size)]  # last page, transaction
-        magic = [struct.unpack_from("<I", head, page + 16)[0] for page in (0, size)]
-        last = max(metas, key=lambda meta: meta[1])[0]
-        if magic != [0xBEEFC0DE] * 2 or path.stat().st_size < (last + 1) * size:
+        size = struct.unpack_from("<I", head.ljust(44), 40)[0] % 65537  # bytes of a page
+        metas = [struct.unpack_from("<16xI116xQQ", head.ljust(2 * 65536 + 152), page) for page in (0, size)]
+        last = max(metas, key=lambda meta: meta[2])[1]  # of magic, last page, transaction
+        if {meta[0] for meta in metas} != {0xBEEFC0DE} or path.stat().st_size < (last + 1) * size:
             raise UserError(f"{path}: not a whole LMDB file (copy or build it again)")
         if env:
             env.close()

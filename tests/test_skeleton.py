@@ -49,7 +49,7 @@ TASK_LINES["train_retclip.py"] = [
 # common.py's 1300 of the design do not hold what the design puts there; see the sections it lists. run_task2.py has
 # four networks and four modes, the challenge's among them; train_ctclip.py two towers, train_retclip.py those, and the
 # weight files and data formats of four programs; prepare_ct.py feeds three tasks, prepare_retclip.py has three sources.
-SIZES = {"common.py": 2600, "evaluate.py": 700, "report.py": 760, "prepare_ct.py": 850, "demo_data.py": 800}
+SIZES = {"common.py": 2650, "evaluate.py": 700, "report.py": 760, "prepare_ct.py": 850, "demo_data.py": 800}
 SIZES |= {"run_task2.py": 1800, "train_ctclip.py": 1350, "train_retclip.py": 1750, "prepare_retclip.py": 750}
 SIZES["retrieval.py"] = 460
 

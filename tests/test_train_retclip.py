@@ -30,12 +30,14 @@ def log_of(folder) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("out_*.log")))
 
 
+MORE = ["--epochs", 4, "--use-ema", "--text-dropout", 0.1, "--mask-ratio", 0.3]
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_fundus, tmp_path_factory):
     """Folder of a finished run of four epochs of four steps."""
     folder = tmp_path_factory.mktemp("trained_retclip")
-    more = ["--epochs", 4, "--tensorboard", "--export", folder / "bare.pt", "--use-ema"]
-    assert call(*fundus_args(tiny_fundus, folder, *more)) == 0
+    assert call(*fundus_args(tiny_fundus, folder, *MORE, "--tensorboard", "--export", folder / "bare.pt")) == 0
     return folder
 
 
@@ -77,37 +79,24 @@ def test_the_export_is_what_the_original_reads(trained, golden):
 
 def test_it_learns_the_training_pairs(tiny_fundus, tmp_path):
     """The loss of 16 pairs at a time starts at 3 ln 16 = 8.3 and falls well below."""
-    words = ["--batch-size", 16, "--epochs", 60, "--lr", "3e-3", "--warmup", 5, "--eval-every", 60, "--no-augment"]
+    words = ["--batch-size", 16, "--epochs", 40, "--lr", "2e-3", "--warmup", 5, "--eval-every", 40, "--no-augment"]
     assert call(*fundus_args(tiny_fundus, tmp_path, *words)) == 0
     losses = [float(x) for x in re.findall(r"Loss: ([\d.]+)", log_of(tmp_path))]
     assert abs(losses[0] - 3 * math.log(16)) < 0.5 and np.mean(losses[-4:]) < 6, (losses[0], losses[-4:])
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
-def test_a_killed_run_continues_bit_for_bit(tiny_fundus, tmp_path, world, workers):
-    more = [
-        "--batch-size",
-        4 // world,
-        "--num-workers",
-        workers,
-        "--use-ema",
-        "--text-dropout",
-        0.1,
-        "--mask-ratio",
-        0.3,
-    ]
-    words = fundus_args(tiny_fundus, tmp_path / "whole", *more)
-    run(*words, world=world)
-    part = fundus_args(tiny_fundus, tmp_path / "part", *more)
-    start_and_kill(part, world, 5, tmp_path / "part")
-    run(*part, "--resume", "auto", world=world)
-    assert_same_run(tmp_path / "whole", tmp_path / "part", retclip)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_run_continues_bit_for_bit(tiny_fundus, trained, tmp_path, workers):
+    words = fundus_args(tiny_fundus, tmp_path, *MORE, "--num-workers", workers)
+    start_and_kill(words, 1, 6, tmp_path)
+    assert call(*words, "--resume", "auto") == 0
+    assert_same_run(trained, tmp_path, retclip)
 
 
 def test_an_epoch_file_continues_bit_for_bit(tiny_fundus, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "again")
-    more = ["--epochs", 4, "--use-ema", "--resume", tmp_path / "again/checkpoints/epoch2.pt"]
-    assert call(*fundus_args(tiny_fundus, tmp_path / "again", *more)) == 0
+    more = ["--resume", tmp_path / "again/checkpoints/epoch2.pt"]
+    assert call(*fundus_args(tiny_fundus, tmp_path / "again", *MORE, *more)) == 0
     assert_same_run(trained, tmp_path / "again", retclip)
 
 
@@ -120,8 +109,7 @@ def test_a_fresh_start_forgets_the_epochs_of_another_run(tiny_fundus, trained, t
 def test_what_a_resumed_run_keeps(tiny_fundus, trained, tmp_path, capsys):
     for word in (["--max-text-length", 50], ["--layer-decay", 0.9], ["--official-decay"]):
         shutil.copytree(trained, tmp_path / "again", dirs_exist_ok=True)
-        words = ["--epochs", 4, "--use-ema", "--resume", *word]
-        assert call(*fundus_args(tiny_fundus, tmp_path / "again", *words)) == 2
+        assert call(*fundus_args(tiny_fundus, tmp_path / "again", *MORE, "--resume", *word)) == 2
         assert word[0] in error_of(capsys)
 
 
@@ -133,15 +121,19 @@ def test_epochs_are_kept_where_evaluations_are_rarer(tiny_fundus, tmp_path):
     assert len(list((tmp_path / "run/checkpoints").glob("epoch[123].pt"))) == 3
 
 
-def test_two_ranks_equal_one_and_evaluate_alike(tiny_fundus, tmp_path):
-    """The same global batch on one rank and on two: the same weights within rounding, and gradients alike on both."""
-    more = ["--max-steps", 4, "--check-ranks", "--eval-batch-size", 4]
-    run(*fundus_args(tiny_fundus, tmp_path / "one", *more))
+def test_two_ranks_equal_one_and_continue_after_a_kill(tiny_fundus, tmp_path):
+    """The same global batch on one rank and on two: the same weights within rounding; killed, the same bits."""
+    more = ["--epochs", 2, "--check-ranks", "--eval-batch-size", 4]
+    assert call(*fundus_args(tiny_fundus, tmp_path / "one", *more)) == 0
     run(*fundus_args(tiny_fundus, tmp_path / "two", *more, "--batch-size", 2), world=2)
     a, b = (common.load_checkpoint(tmp_path / n / retclip.LAST)["model"] for n in ("one", "two"))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-5
+    assert max((a[k] - b[k]).abs().max() for k in a) < 5e-5
     one, two = (json.loads((tmp_path / n / "results.jsonl").read_text().splitlines()[-1]) for n in ("one", "two"))
-    assert abs(one["val_loss"] - two["val_loss"]) < 1e-4
+    assert abs(one["val_loss"] - two["val_loss"]) < 1e-3
+    words = fundus_args(tiny_fundus, tmp_path / "part", *more, "--batch-size", 2)
+    start_and_kill(words, 2, 5, tmp_path / "part")
+    run(*words, "--resume", "auto", world=2)
+    assert_same_run(tmp_path / "two", tmp_path / "part", retclip)
 
 
 # ---- gradient cache
