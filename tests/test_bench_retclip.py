@@ -31,7 +31,7 @@ def test_a_quick_run_prints_every_ratio():
     assert len(ratios) == 2 * 2 * 4 + 2 and min(ratios) > 0  # texts, types, rows of the step; augmented or not
     for words in ("both padded to the context", "gain of padding to the batch", "both gains together"):
         assert result.stdout.count(f"fp32, {words}") == result.stdout.count(f"bf16, {words}") == 2
-    assert len(re.findall(r"images per CPU-second: peer \d+ ours \d+\n", result.stdout)) == 2
+    assert len(re.findall(r"images per CPU-second:  peer \d+  ours \d+\n", result.stdout)) == 2
 
 
 def test_the_peer_computes_what_ours_does():
