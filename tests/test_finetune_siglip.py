@@ -158,7 +158,7 @@ def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
 # ---- resume
 
 
-TWO_RANKS = pytest.param(2, (2, 0), (5, 14), marks=pytest.mark.slow)  # test_train_ctclip.py: the same loop, less time
+TWO_RANKS = pytest.param(2, (2, 0), (5, 14), marks=pytest.mark.slow)  # test_train_retclip.py: the same loop, less time
 
 
 @pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), TWO_RANKS])

@@ -79,6 +79,7 @@ def trial(folder: Path, seeds=(123,)):
         yield seed, found, *probes
 
 
+@pytest.mark.slow
 def test_learns_on_real_pairs(shared, tmp_path):
     """R@1 and MAP of classes are above chance with their intervals, and the probe is better than before training."""
     ((_, found, probe, untrained),) = trial(tmp_path)

@@ -231,7 +231,8 @@ def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_slices, tmp_path
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("aggregate", [pytest.param("mean", marks=pytest.mark.slow), "mil"])
+@pytest.mark.slow  # test_finetune_siglip.py has the same of the same loop
+@pytest.mark.parametrize("aggregate", ["mean", "mil"])
 def test_ranks_and_accumulation_do_not_change_the_training(tiny_slices, tmp_path, aggregate):
     """A global batch of 8, with unknown labels, as 1 x 8, 1 x 2 x 4 and 2 ranks x 2 x 2; batch norm frozen."""
     still = ["--no-augment", "--dropout-rate", 0, "--freeze-backbone", "--check-ranks", "--optimizer", "sgd"]

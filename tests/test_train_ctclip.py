@@ -144,6 +144,7 @@ def assert_same_gradients(a, b):
     torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # test_train_retclip.py has the same of the same loop
 def test_two_ranks_equal_one_and_resume(tiny_reports, tmp_path):
     """Global batch of 8: one process, two ranks, two ranks killed and continued; with and without gradient cache."""
     more = ["--max-steps", 4, "--eval-every", 4, "--save-every", 2, "--label-loss-weight", 0.5, "--dedup-positives"]
