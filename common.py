@@ -1143,6 +1143,13 @@ def last_files(path: Path) -> list[Path]:
     return [p for p in (path, previous_of(path)) if p.exists()]
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: could not be made: {e.strerror} (choose another folder)") from e
+
+
 def forget_run(last: Path, ctx: Context) -> None:
     """At a fresh start, with the folder locked: a run that was here before must not be what `--resume auto` finds."""
     if ctx.master:
@@ -2565,6 +2572,9 @@ def check_positive(args) -> None:
     for name in {"dropout_rate", "text_dropout"} & vars(args).keys():
         if not 0 <= (getattr(args, name) or 0) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
+    for name in ("lr", "weight_decay", "min_lr_ratio"):
+        if not getattr(args, name) >= 0:  # nor NaN
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if args.max_grad_norm <= 0:
         raise UserError("--max-grad-norm must be positive (inf: no clipping)")
 

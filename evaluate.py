@@ -318,10 +318,10 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         train_args = args_for(saved, script, given, split="train")
         train_set = script.build_eval_dataset(train_args)
         if paired:
-            names = train_args.label_columns = sorted({*names, *train_set.class_names})
+            names = dataset.class_names = train_set.class_names = sorted({*names, *train_set.class_names})
         training = script.predict(model, train_set, ctx, "training data")
-    if paired:
-        task_args.label_columns = names  # the zero-shot classes are those of the data
+        if paired and not (dataset.has_patients and train_set.has_patients) and dataset.source != train_set.source:
+            training["groups"] = [f"training data, {name}" for name in training["groups"]]  # each may count from 0
     out = script.predict(model, dataset, ctx, "prediction")
     pairs = out | {"pictures": dataset.pictures} if paired else None
     if paired and args.linear_probe:

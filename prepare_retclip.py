@@ -183,7 +183,7 @@ def read_rows(csv: Path, split: str | None, args) -> list[dict]:
             row["cells"] = (left, right) if left or right else (image, "")
         if "label" not in row and {"left_label", "right_label"} <= row.keys():
             a, b = row["left_label"], row["right_label"]
-            row["label"] = a if a == b else f"{a} / {b}"
+            row["label"] = " / ".join(dict.fromkeys(filter(None, (a, b))))
         if args.dataset and (not isinstance(name, int) or name < 0):
             raise UserError(f"{csv}: row {k + 2}: '{name}' is no row number of --dataset (--id-column names the index)")
         rows.append(row)

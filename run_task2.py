@@ -1246,7 +1246,7 @@ def autocast_of(args, device):
 
 def train(args, ctx):
     # ---- 1. run folder, precision, the checkpoint to continue
-    (args.output_dir / LAST).parent.mkdir(parents=True, exist_ok=True)
+    common.make_folder((args.output_dir / LAST).parent)
     saved = common.find_resume(args, LAST, FIXED_ARGS, ctx.world)
     state = {
         "step": 0, "updates": 0, "best": [], "stale": 0, "plateau": 0, "lr_factor": 1.0, "bad_steps": 0,
@@ -1255,8 +1255,6 @@ def train(args, ctx):
     }  # fmt: skip
     state = saved["state"] if saved else state
     log = RunLog(args.output_dir, ctx, LOG.format(**vars(args)), RESULTS.format(**vars(args)), state["step"])
-    if not saved:
-        common.forget_run(args.output_dir / LAST, ctx)
     autocast, scaler = autocast_of(args, ctx.device)
 
     # ---- 2. data, model, loss, optimizer
@@ -1270,7 +1268,9 @@ def train(args, ctx):
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict
     parts = {"model": model, "ema": ema and ema.module, "optimizer": optimizer, "scaler": scaler}
-    if saved:
+    if not saved:  # only now: a mistake in the data or the model has cost nothing
+        common.forget_run(args.output_dir / LAST, ctx)
+    else:
         for name, part in parts.items():
             if part is not None and (saved[name] or name != "scaler"):
                 common.load_state(part, saved[name])

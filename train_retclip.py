@@ -11,11 +11,11 @@ Weights  --pretrained (both towers), --vision-pretrained, --text-pretrained; --v
 CPU      python demo_data.py fundus --out demo/fundus
          python prepare_retclip.py --csv demo/fundus/pairs.csv --split-column split --out demo/data --lmdb demo/lmdb
          python train_retclip.py --train-data demo/lmdb/train --val-data demo/lmdb/val --vision-model tiny \\
-             --text-model tiny --vocab demo/fundus/vocab.txt --lr 1e-3
+             --text-model tiny --vocab demo/fundus/vocab.txt --batch-size 16 --lr 5e-4 --warmup 30
 1 GPU    python train_retclip.py --train-data lmdb/train --val-data lmdb/val --vocab vocab.txt --amp \\
              --pretrained ret-clip.pt --batch-size 64 --accum-steps 4         # 256 pairs in one loss, by gradient cache
 N GPUs   torchrun --nproc_per_node N train_retclip.py ... (--batch-size is per process; the loss is over all of them)
-Resume   the same command with --resume auto, or --resume logs/NAME/checkpoints/epoch4.pt: bit for bit
+Resume   the same command with --resume auto: bit for bit as if never stopped; --resume .../epoch4.pt goes back to that
 Writes   in logs/NAME: checkpoints/epoch_latest.pt, epoch{N}.pt (every --save-epoch-frequency), best_epoch*.pt (top k),
          best_model.pt; out_*.log and params_*.txt (one a start), results.jsonl
 """
@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from scipy.sparse.csgraph import connected_components
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, default_collate
@@ -62,8 +62,8 @@ TOP, BEST = "checkpoints/best_epoch{epoch}.pt", "checkpoints/best_model.pt"
 TENSORBOARD = "tensorboard"
 WANDB_PROJECT = "retclip"
 # A checkpoint can only be continued or evaluated with these as they were.
-FIXED_ARGS = ["model_config", "label_columns", "monocular", "max_text_length", "weight_decay", "layer_decay"]
-FIXED_ARGS += ["official_decay", "use_ema"]
+FIXED_ARGS = ["model_config", "vision_model", "text_model", "image_size", "monocular", "max_text_length"]
+FIXED_ARGS += ["weight_decay", "layer_decay", "official_decay", "use_ema"]
 
 LEVELS = ("patient", "left", "right")  # of the features; one photograph a patient (monocular): the first alone
 HEADS = (
@@ -76,7 +76,8 @@ HEADS = (
 TEMPLATES = ["Both eyes: {}."]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of RGB in [0, 1], as CLIP
 GREY = (0.299, 0.587, 0.114)
-MAX_PIXELS = 100_000_000  # of one photograph
+MAX_PIXELS = 80_000_000  # of one photograph
+FORMATS = ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would hand PostScript to a program that runs it
 KS = (1, 5, 10)  # of the retrieval
 SWAP = {"left": "right", "right": "left", "os": "od", "od": "os", "左": "右", "右": "左"}
 
@@ -130,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
     add("--text-dropout", type=float, help="dropout in the text encoder (that of the preset)")
     add("--mask-ratio", type=float, default=0.0, help="share of the patches that training leaves out (FLIP)")
-    add("--freeze-text", action="store_true", help="train the image side alone")
-    add("--freeze-vision", action="store_true", help="train the text side alone")
+    add("--freeze-text", action="store_true", help="freeze the text encoder")
+    add("--freeze-vision", action="store_true", help="freeze the image encoder")
     add("--freeze-layers", type=int, default=0, metavar="N", help="first blocks of both encoders that rest")
 
     add = parser.add_argument_group("loss").add_argument
@@ -215,21 +216,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv=None) -> argparse.Namespace:
     args = common.parse_with_config(build_parser(), argv)
-    args.model_config, args.tokenizer, args.label_columns, args.split = None, None, None, "valid"
+    args.model_config, args.tokenizer, args.split = None, None, "valid"
     args.output_dir = args.output_dir or args.logs / args.name
     args.templates = read_templates(args.templates)
     common.check_positive(args)
     for name in ("grad_cache_chunk", "freeze_layers"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
-    if args.save_epoch_frequency < 1 or args.max_text_length < 3 or args.max_logit_scale <= 1:
+    if args.save_epoch_frequency < 1 or args.max_text_length < 3 or not args.max_logit_scale > 1:
         raise UserError("--save-epoch-frequency must be at least 1, --max-text-length 3, --max-logit-scale above 1")
     if not (0 <= args.mask_ratio < 1 and 0 <= args.same_text <= 1 and 0 < args.layer_decay <= 1):
         raise UserError("--mask-ratio is below 1, --same-text at most 1, --layer-decay above 0 and at most 1")
-    if min(args.level_weights) < 0 or not args.level_weights[0]:
+    if not all(w >= 0 for w in args.level_weights) or not args.level_weights[0]:
         raise UserError("--level-weights must not be negative, and that of the patient level above 0")
-    if args.freeze_text and args.freeze_vision:
-        raise UserError("--freeze-text and --freeze-vision together leave only the heads to train (leave out one)")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image-size {args.image_size}: must be at least 1 pixel")
     for name in ["vocab"] + ([] if args.convert else ["train_data", "valid_data"]):
         if getattr(args, name) is None:
             flag = {"vocab": "--vocab", "train_data": "--train-data", "valid_data": "--val-data"}[name]
@@ -242,7 +243,7 @@ def read_templates(given) -> list[str]:
     if given is None or isinstance(given, list):
         return given or TEMPLATES
     try:
-        lines = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(given).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{given}: not a readable file of prompts ({getattr(e, 'strerror', '') or 'not UTF-8'})") from e
     lines = [line for line in lines if line and not line.startswith("#")]
@@ -319,7 +320,8 @@ class TSVImages:
         self.path, self.places, self.file, self.pid, position = path, {}, None, None, 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                name = line[: line.find(b"\t")].decode(errors="replace") if b"\t" in line else ""
+                start = 3 if line.startswith(b"\xef\xbb\xbf") else 0  # the mark of some editors
+                name = line[start : line.find(b"\t")].decode(errors="replace") if b"\t" in line else ""
                 if not name or name in self.places:
                     raise UserError(
                         f"{path}: line {number}: " + (f"id {name} comes twice" if name else "no id and tab")
@@ -404,8 +406,13 @@ def jsonl_pairs(path: Path) -> list[tuple]:
             number += 1
             if line.strip():
                 row = json.loads(line)
-                if not isinstance(row["text"], str) or not isinstance(row["image_ids"], list):
-                    raise TypeError("text and image_ids are text and a list")
+                ids = [row["text_id"], *row["image_ids"]]
+                if (
+                    not isinstance(row["image_ids"], list)
+                    or not isinstance(row["text"], str)
+                    or not all(isinstance(i, (int, str)) for i in ids)
+                ):
+                    raise TypeError("ids are numbers or text, the text is text")
                 found += [(i, row["text_id"], row["text"]) for i in row["image_ids"]]
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
@@ -442,11 +449,11 @@ class FundusPairs(Dataset):
         )
         if not rows:
             raise UserError(f"{source}: holds no pair of an image and a report")
-        self.image_ids, self.text_ids = list(dict.fromkeys(r[0] for r in rows)), list(dict.fromkeys(r[1] for r in rows))
-        image_row, text_row = ({name: i for i, name in enumerate(names)} for names in (self.image_ids, self.text_ids))
-        texts = {text_id: normal_text(text) for _, text_id, text in rows}
-        self.texts = [texts[name] for name in self.text_ids]
-        pairs = dict.fromkeys((image_row[image], text_row[text]) for image, text, _ in rows)
+        image_row = {name: i for i, name in enumerate(dict.fromkeys(image for image, _, _ in rows))}
+        text_row = {key: i for i, key in enumerate(dict.fromkeys((number, text) for _, number, text in rows))}
+        self.image_ids, self.text_ids = list(image_row), [number for number, _ in text_row]
+        self.texts = [normal_text(text) for _, text in text_row]  # an id may stand for two texts
+        pairs = dict.fromkeys((image_row[image], text_row[number, text]) for image, number, text in rows)
         self.pairs = np.array(list(pairs), np.int64)  # (p, 2) image row, text row
         self.find_missing()
         self.read_labels()
@@ -470,7 +477,7 @@ class FundusPairs(Dataset):
         if self.args.monocular is None:
             self.args.monocular = self.eyes == 1
         if self.args.monocular and self.eyes == 2:
-            raise UserError(f"{self.source}: has two photographs a patient (leave out --monocular)")
+            raise UserError(f"{self.source}: has two photographs a patient, but the model is for one (--no-monocular)")
 
     def read_labels(self) -> None:
         """Classes and patients of labels.csv, if there is one."""
@@ -480,6 +487,8 @@ class FundusPairs(Dataset):
             common.need_columns(rows, ["image_id"], self.labels_file)
             table = {row["image_id"]: row for row in rows.to_dict("records")}
             self.has_patients = "patient_id" in rows
+            if not table.keys() & set(names):
+                raise UserError(f"{self.labels_file}: has none of the images, the first of which is {names[0]}")
         column = lambda key, default="": [table.get(n, {}).get(key) or default for n in names]  # noqa: E731
         whole = column("label")
         self.classes = {
@@ -490,7 +499,13 @@ class FundusPairs(Dataset):
         self.groups = [g or n for g, n in zip(column("patient_id"), names, strict=True)]
         parts = [set(w.split(" / ")) - {""} for w in whole]  # "one / other": those of the two eyes
         self.class_names = sorted(set().union(*parts))
-        self.targets = np.array([[float(c in p) if p else np.nan for c in self.class_names] for p in parts], np.float32)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n, K) float32: 1 for the class of an image, or both of "one / other", 0 for the rest; NaN: no class."""
+        parts = [w.split(" / ") if w else [] for w in self.classes["patient"]]
+        rows = [[float(c in p) if p else np.nan for c in self.class_names] for p in parts]
+        return np.array(rows, np.float32).reshape(len(parts), len(self.class_names))
 
     def __len__(self):
         return len(self.ids)
@@ -505,6 +520,7 @@ class FundusPairs(Dataset):
         cut = 100 * np.mean(np.array(lengths) > limit)
         text = (
             f"{self.ids[0]}, {'two eyes' if self.eyes == 2 else 'one photograph'} a patient, {lengths[0]} tokens; "
+            f"{sum(map(bool, self.classes['patient']))} of {len(self.image_ids)} images have a label; "
             f"{cut:.1f} % of the reports are cut at {limit} tokens (median {np.median(lengths):.0f}), "
             f"{unknown:.1f} % of their words are unknown to the vocabulary"
         )
@@ -602,7 +618,7 @@ def normal_text(text: str) -> str:
 
 def mirrored_text(text: str) -> str:
     """A report with the words for left and right exchanged."""
-    return re.sub(r"\b(left|right|o[sd])\b|[左右]", lambda m: SWAP[m[0].lower()], text, flags=re.I)
+    return re.sub(r"\b(left|right|o[sd])\b|[左右]", lambda m: SWAP[m[0].lower()], text, flags=re.I | re.A)
 
 
 def same_texts(ids: list[list[int]], share: float, chunk: int = 512) -> np.ndarray:
@@ -621,22 +637,18 @@ def same_texts(ids: list[list[int]], share: float, chunk: int = 512) -> np.ndarr
     columns, cells = {}, []
     for i, tokens in enumerate(unique):
         cells += [(i, columns.setdefault(pair, len(columns))) for pair in set(zip(tokens, tokens[1:], strict=False))]
-    has = torch.zeros(len(unique), len(columns))
-    has[tuple(torch.tensor(cells).T)] = 1
-    size, near = has.sum(1), []
-    for some in torch.arange(len(unique)).split(chunk):
-        both = has[some] @ has.T
-        found = (both >= share * (size[some, None] + size - both)).nonzero().numpy()
-        near.append(found + [[int(some[0]), 0]])
-    rows, others = np.concatenate(near).T
-    graph = csr_matrix((np.ones(len(rows), bool), (rows, others)), (len(unique), len(unique)))
-    return connected_components(graph, directed=False)[1][number]
+    has = csr_matrix((np.ones(len(cells)), np.array(cells).T), (len(unique), len(columns)))
+    size, near = np.diff(has.indptr), []
+    for first in range(0, len(unique), chunk):
+        both = (has[first : first + chunk] @ has.T).toarray()
+        near.append(csr_matrix(both >= share * (size[first : first + chunk, None] + size - both)))
+    return connected_components(vstack(near), directed=False)[1][number]
 
 
 def open_photograph(data: bytes, where: str) -> Image.Image:
     """An image file, its header read and its size checked."""
     try:
-        photograph = Image.open(io.BytesIO(data))
+        photograph = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as e:  # Pillow raises nearly anything on a crafted file
         raise UserError(f"{where}: not a readable image ({type(e).__name__})") from e
     if photograph.width * photograph.height > MAX_PIXELS:
@@ -663,7 +675,7 @@ def augmented(photograph: Image.Image, size: int, rng) -> tuple[np.ndarray, np.n
     A crop of 90 to 100 % of the area, brightness, contrast and saturation 0.8 to 1.2, and once in ten times a rectangle
     of the mean colour. Never mirrored: that would make a left eye a right one.
     """
-    photograph.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a part of its size
+    photograph.draft("RGB", (size, size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, no smaller than this
     w, h = photograph.size
     for _ in range(10):
         area, ratio = w * h * rng.uniform(0.9, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -675,7 +687,7 @@ def augmented(photograph: Image.Image, size: int, rng) -> tuple[np.ndarray, np.n
     left, top = rng.uniform(0, w - crop_w), rng.uniform(0, h - crop_h)
     image = resized(photograph, size, (left, top, left + crop_w, top + crop_h))
     brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3)
-    grey = image.mean((0, 1)) @ GREY / 255
+    grey = image.mean(0).mean(0) @ GREY / 255
     colour = plain_colour() * [[brightness * contrast] * 3 + [1]]
     tint = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), GREY)
     colour[:, :3] = colour[:, :3] @ tint
@@ -728,7 +740,7 @@ def build_datasets(args):
     same = args.train_data.resolve() == args.valid_data.resolve()
     if shared and not same:
         raise UserError(f"{val_set.source}: patient {shared[0]} is in the training data too ({len(shared)} are)")
-    if "test" in args.valid_data.name.lower():
+    if re.search(r"(?<![a-z])test", args.valid_data.name.lower()):
         train_set.warnings.append(
             f"the validation data ({args.valid_data}) look like a test set: a model that they choose is judged too "
             "well on them (keep patients aside that no choice has seen)"
@@ -736,6 +748,13 @@ def build_datasets(args):
     if same:
         train_set.warnings.append(
             "validation and training data are the same: the numbers say nothing about new patients"
+        )
+    steps = args.epochs * (
+        len(train_set) // (args.batch_size * args.accum_steps * int(os.environ.get("WORLD_SIZE", 1)))
+    )
+    if args.warmup >= (args.max_steps or steps) > 0:
+        train_set.warnings.append(
+            f"--warmup {args.warmup} is as long as the whole run of {args.max_steps or steps} steps"
         )
     if args.monitor.startswith("class") and not args.label_columns:
         raise UserError(
@@ -991,25 +1010,22 @@ def retclip_weights(state: dict, source: str, say=print) -> dict:
         "embeddings.word_embeddings.weight",
     ):
         prefix = next((k.removesuffix(anchor) for k in state if k.endswith(anchor)), "")
-        if anchor.startswith("vis") and prefix:  # of another wrapper
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+        state = {k.removeprefix(prefix): v for k, v in state.items()}  # of any wrapper
     state = {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
              for k, v in state.items()}  # fmt: skip
     if "vision_model.embeddings.class_embedding" in state:
         state = openai_names(state)
     renamed = {}
     for key, value in state.items():
-        key = re.sub(r"^(?:text_model\.)(?=embeddings|encoder\.layer\.)", "bert.", key)
         key = re.sub(r"^(?=embeddings\.|encoder\.layer\.)", "bert.", key)
-        if not re.search(r"^bert\.pooler|position_ids$|^cls\.|num_batches_tracked$", key):
+        if not re.search(r"(?:^|\.)pooler\.|position_ids$|^cls\.", key):
             renamed[key] = value
     for side in ("left", "right"):
         head = f"text_projection_{side}"
         if f"{head}.4.weight" in renamed:
             say(f"{source}: {head}.2 and .4 are read as .0 and .2 (a file of before July 2024)")
-            for old, new in (("2", "0"), ("4", "2")):
-                for part in ("weight", "bias"):
-                    renamed[f"{head}.{new}.{part}"] = renamed.pop(f"{head}.{old}.{part}")
+            for old, new in ((f"{head}.2.", f"{head}.0."), (f"{head}.4.", f"{head}.2.")):
+                renamed = {k.replace(old, new): v for k, v in renamed.items()}
     return renamed
 
 
@@ -1041,7 +1057,12 @@ def openai_names(state: dict) -> dict:
 def fit_positions(state: dict, n: int) -> dict:
     """Position embeddings (1 + side^2, E) of another image size: bicubic with aligned corners, as the original."""
     key = "visual.positional_embedding"
-    if key not in state or len(state[key]) == n:
+    if (
+        key not in state
+        or len(state[key]) == n
+        or state[key].ndim != 2
+        or not math.sqrt(len(state[key]) - 1).is_integer()
+    ):
         return state
     old, new = (math.isqrt(m - 1) for m in (len(state[key]), n))
     grid = state[key][1:].float().T.reshape(1, -1, old, old)
@@ -1077,6 +1098,8 @@ def settled_config(args, embedding=None) -> dict:
         raise UserError(f"--max-text-length {args.max_text_length}: the text encoder reads {bert['positions']} tokens")
     if config["image_size"] % config["patch"]:
         raise UserError(f"--image-size {config['image_size']}: not a multiple of the patch, {config['patch']} pixels")
+    if int((config["image_size"] // config["patch"]) ** 2 * (1 - args.mask_ratio)) < 1:
+        raise UserError(f"--mask-ratio {args.mask_ratio}: leaves no patch of {config['image_size']} pixels")
     if args.freeze_layers > min(config["layers"], bert["layers"]):
         raise UserError(
             f"--freeze-layers {args.freeze_layers}: the encoders have {config['layers']} and {bert['layers']} blocks"
@@ -1445,7 +1468,7 @@ def metrics_of(out: dict, dataset) -> dict[str, float]:
     metrics["mean_recall"] = float(np.mean([metrics[f"patient_{w}_recall_at_{k}"] for w in found for k in KS]))
     distinct = np.stack([pairs[:, 0], code[pairs[:, 1]]], 1)
     hits = common.class_matches(distinct, out["classes"]["patient"], len(first))[read]
-    image, text = features["patient"][read], texts["patient"][first]
+    image, text, hits = features["patient"][read], texts["patient"][first][hits.any(0)], hits[:, hits.any(0)]
     metrics["class_recall_at_1"] = float(recall(image, text, hits, (1,))[0])
     metrics["class_map"] = (
         float(np.nanmean(common.average_precision(image, text, right=hits))) if hits.any() else np.nan
@@ -1454,28 +1477,32 @@ def metrics_of(out: dict, dataset) -> dict[str, float]:
 
 
 def in_batches(out: dict, pairs: np.ndarray, args) -> dict[str, float]:
-    """val_loss, and batch_recall_at_k both ways at the patient's level, over batches of pairs of nearly equal size.
+    """val_loss, that of training, and {level}_{i2t,t2i}_batch_recall_at_k, over batches of pairs of nearly equal size.
 
-    The loss is that of training with each pair as its own class; for the recall the same report is right as well.
+    The same report, word for word, is right as well (for the loss unless --same-text 0).
     """
     size, weights = args.eval_batch_size or args.batch_size, dict(zip(LEVELS, args.level_weights, strict=True))
-    loss, recall = 0.0, np.zeros(len(KS))
-    for some in np.array_split(pairs, max(1, len(pairs) // size)):
+    metrics = {"val_loss": 0.0}
+    for some in np.array_split(pairs, math.ceil(len(pairs) / size)):
         texts = [out["texts"][j] for j in some[:, 1]]
         same = common.report_matches(np.arange(len(some))[:, None].repeat(2, 1), texts, len(some))
         for level, features in out["image_features"].items():
             image, text = (torch.from_numpy(x).double() for x in (features, out["text_features"][level]))
             image, text = image[some[:, 0]], text[some[:, 1]]
             seen = image.isfinite().all(1)
-            if seen.any():
-                logits = out["logit_scale"][level] * image[seen] @ text[seen].T
-                match = torch.arange(len(logits))
-                value = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
-                loss += weights[level] * float(value) * len(some) / len(pairs)
-            if level == "patient":
-                ranks = [common.retrieval_ranks(a, b, right=same) for a, b in ((image, text), (text, image))]
-                recall += sum(common.recall_at_k(r, KS).sum(0) for r in ranks) / 2 / len(pairs)
-    return {"val_loss": loss} | {f"batch_recall_at_{k}": float(r) for k, r in zip(KS, recall, strict=True)}
+            if not seen.any():
+                continue
+            image, text, right = image[seen], text[seen], same[np.ix_(seen, seen)]
+            target = torch.from_numpy(right if args.same_text else np.eye(len(right))).double()
+            target, logits = target / target.sum(1, keepdim=True), out["logit_scale"][level] * image @ text.T
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            metrics["val_loss"] += weights[level] * float(loss) * len(some) / len(pairs)
+            for way, queries, gallery in (("i2t", image, text), ("t2i", text, image)):
+                found = common.recall_at_k(common.retrieval_ranks(queries, gallery, right=right), KS).mean(0)
+                for k, recall in zip(KS, found, strict=True):
+                    key = f"{level}_{way}_batch_recall_at_{k}"
+                    metrics[key] = metrics.get(key, 0.0) + float(recall) * len(some) / len(pairs)
+    return metrics
 
 
 # ==== Train ====================================================================================================
@@ -1492,7 +1519,7 @@ def autocast_of(args, device):
 
 def train(args, ctx):
     # ---- 1. run folder, precision, the checkpoint to continue
-    (args.output_dir / LAST).parent.mkdir(parents=True, exist_ok=True)
+    common.make_folder((args.output_dir / LAST).parent)
     saved = common.find_resume(args, LAST, FIXED_ARGS, ctx.world)
     state = {
         "step": 0, "updates": 0, "best": [], "stale": 0, "plateau": 0, "lr_factor": 1.0, "bad_steps": 0,
@@ -1501,10 +1528,7 @@ def train(args, ctx):
     }  # fmt: skip
     state = saved["state"] if saved else state
     log = RunLog(args.output_dir, ctx, LOG.format(**vars(args)), RESULTS.format(**vars(args)), state["step"])
-    if not saved:
-        common.forget_run(args.output_dir / LAST, ctx)
     autocast, scaler = autocast_of(args, ctx.device)
-    begin_files(args, ctx, saved)  # task
 
     # ---- 2. data, model, loss, optimizer
     seed_everything(args.seed)  # the same weights on every rank
@@ -1517,7 +1541,10 @@ def train(args, ctx):
 
     # ---- 3. resume: whatever the loop changes is in `state` or has a state_dict
     parts = {"model": model, "ema": ema and ema.module, "optimizer": optimizer, "scaler": scaler}
-    if saved:
+    begin_files(args, ctx, saved)  # task
+    if not saved:  # only now: a mistake in the data or the model has cost nothing
+        common.forget_run(args.output_dir / LAST, ctx)
+    else:
         for name, part in parts.items():
             if part is not None and (saved[name] or name != "scaler"):
                 common.load_state(part, saved[name])
@@ -1645,12 +1672,20 @@ def train(args, ctx):
 
 
 def begin_files(args, ctx, saved: dict | None) -> None:
-    """The arguments of this start, as the original lists them; a fresh start forgets the epochs of an earlier run."""
+    """The arguments of this start, as the original lists them; what an earlier run left in the folder, put right."""
+    left, last = list(args.output_dir.glob(EPOCH.format(epoch="[0-9]*"))), args.output_dir / LAST
+    if left and not saved and not args.overwrite:
+        raise UserError(f"{left[0]}: of another run (--resume FILE continues from it, --overwrite forgets it)")
+    ctx.barrier()  # all have looked
     if ctx.master:
         lines = [f"{name}: {value}" for name, value in sorted(common.plain_args(args).items())]
         common.write_atomic(args.output_dir / PARAMS, "\n".join(lines) + "\n")
-        for old in [] if saved else args.output_dir.glob(EPOCH.format(epoch="[0-9]*")):
+        for old in [] if saved else left:
             old.unlink()
+        if saved and args.resume != "auto" and Path(args.resume).resolve() != last.resolve():
+            if last.exists():
+                common.link_file(last, common.previous_of(last))
+            common.link_file(Path(args.resume), last)  # `auto` must not go back to what is given up now
 
 
 def keep_epoch(args, whole: dict, per_epoch: int) -> None:
@@ -1666,12 +1701,12 @@ def warn_of_chance(args, train_loss: float, state: dict, criterion, log) -> None
     if state["updates"] > args.warmup and abs(train_loss - chance) < 0.01 * chance:
         log.warning(
             f"the loss is {train_loss:.3f}, that of guessing ({chance:.3f} for {state['global_batch']} pairs), after "
-            "the warm-up: all features look alike (lower --lr, a longer --warmup, or weights to begin with)"
+            "the warm-up: the features tell no pairs apart (lower --lr, a longer --warmup, or weights to begin with)"
         )
 
 
 def finish(args, ctx, model, val_set, best, log) -> int:
-    """The best model again over the validation data: its metrics; best_model.pt and the export."""
+    """best_model.pt, the export, and what the best model reached."""
     if not best.entries:
         raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, checkpoint = best.entries[0], best.memory[best.entries[0]["path"]]

@@ -60,6 +60,7 @@ class Pairs:
         self.table = json.loads(self.file.read_text())
         self.ids = [row["id"] for row in self.table["images"]]
         self.class_names = sorted({row["class"] for row in self.table["images"]} - {""})
+        self.source, self.has_patients = self.file.parent, True
 
     def __len__(self):
         return len(self.ids)
@@ -96,7 +97,7 @@ def of_class(name):
 
 
 def predict(model, dataset, ctx, say=None):
-    table, names = dataset.table, dataset.args.label_columns
+    table, names = dataset.table, dataset.class_names
     images, texts = table["images"], table["texts"]
     sides = ("left", "right") if len(images[0]["eyes"]) == 2 else ("",)
     levels = ("patient", "left", "right") if len(sides) == 2 else ("patient",)
@@ -226,7 +227,6 @@ def predicted(world, monkeypatch):
     def call(data):
         args = fake_retclip.args_from_checkpoint(common.load_checkpoint(world / "model.pt"), valid_data=world / data)
         dataset = fake_retclip.Pairs(args)
-        args.label_columns = dataset.class_names
         return fake_retclip.predict(None, dataset, None)
 
     return call
@@ -736,7 +736,7 @@ def test_train_retclip(untrained, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/jpeg") == 2 * (2 * 5 + 6)
     texts = torch.load(tmp_path / "test_texts_features.pt", weights_only=True)
-    assert texts["ids"] == [str(i) for i in range(9)] and texts["features"]["left"].shape == (9, 64)
+    assert texts["ids"] == [str(i) for i in range(9)] and texts["features"]["left"].shape == (9, 256)
     (tmp_path / "t.txt").write_text("{}.\neyes: {}\n")
     other = call("test", "--templates", tmp_path / "t.txt")
     assert other["provenance"]["prompts"] == "{}.; eyes: {}" and other["per_label"] != results["per_label"]

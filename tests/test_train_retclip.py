@@ -58,7 +58,7 @@ def test_a_run_writes_what_the_document_lists(trained):
     records = [json.loads(x) for x in (trained / "results.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [1, 2, 3, 4] and records[0]["n"] == 9 and records[0]["n_reports"] == 10
     keys = {f"{v}_{w}_recall_at_{k}" for v in retclip.LEVELS for w in ("i2t", "t2i") for k in (1, 5, 10)}
-    keys |= {"val_loss", "mean_recall", "class_map", "class_recall_at_1", "batch_recall_at_1", "train_loss"}
+    keys |= {"val_loss", "mean_recall", "class_map", "class_recall_at_1", "left_t2i_batch_recall_at_1", "train_loss"}
     assert keys <= records[0].keys()
     best = common.load_checkpoint(trained / "checkpoints/best_model.pt")
     assert best["class_names"] == ["first", "second"] and "[CLS]" in best["tokenizer"]
@@ -180,9 +180,12 @@ def test_gradient_cache_equals_the_plain_loss(tiny_fundus, tmp_path, sizes, chun
     (["--layer-decay", 0], "--layer-decay"),
     (["--level-weights", 0, 1, 1], "--level-weights"),
     (["--save-epoch-frequency", 0], "--save-epoch-frequency"),
-    (["--freeze-text", "--freeze-vision"], "leave out one"),
+    (["--lr", "nan"], "--lr must not be negative"),
+    (["--mask-ratio", 0.9], "leaves no patch"),
+    (["--image-size", 0], "at least 1 pixel"),
+    (["--output-dir", "/proc/x"], "could not be made"),
     (["--freeze-layers", 3], "--freeze-layers 3"),
-    (["--monocular"], "two photographs a patient"),
+    (["--monocular"], "two photographs a patient, but the model is for one"),
     (["--image-size", 30], "multiple of the patch"),
     (["--max-text-length", 600], "reads 512 tokens"),
     (["--templates", "nowhere.txt"], "not a readable file of prompts"),
