@@ -404,6 +404,15 @@ def feature_gradients(rows, loss):
     return value_and_grad(normalized(function), *(x[rows] for x in contrastive_inputs()), *scalars)
 
 
+def masked_gradients(rows):
+    """Loss and gradients of 12 pairs with equal reports, of which every third is missing, and all of the first four."""
+    rng, number = torch.Generator().manual_seed(3), torch.arange(12)
+    image, text = (F.normalize(torch.randn(12, 8, generator=rng, dtype=torch.float64), dim=1)[rows] for _ in range(2))
+    present = (number % 3 > 0) & (number > 3)
+    scale = torch.tensor(14.0, dtype=torch.float64)
+    return value_and_grad(lambda *x: clip_loss(*x, number[rows] % 5, present[rows]), image, text, scale)
+
+
 def rank_main(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
@@ -419,6 +428,7 @@ def rank_main(rank, world, folder):
     gathered.register_hook(seen.append)
     (gathered * torch.arange(2.0 * world)[:, None] * (rank + 1)).sum().backward()
     out["gathered"], out["gathered_grad"], out["own_grad"] = gathered.detach(), x.grad, seen[0]
+    out["masked"] = masked_gradients(rows)
     common.gather_with_grad = plain_gather
     out["plain gather"] = tower_gradients(DistributedDataParallel, image[rows], text[rows], "clip")
     torch.save(out, f"{folder}/{rank}.pt")
@@ -447,6 +457,13 @@ def test_ranks_equal_one_process(world, tmp_path):
         torch.testing.assert_close(out["gathered_grad"], expected)
         own = (rank + 1) * torch.arange(2.0 * world)[:, None].expand(-1, 3)  # summed over ranks in a copy, not in place
         torch.testing.assert_close(out["own_grad"], own)
+
+    value, *grads, scale = masked_gradients(slice(None))
+    torch.testing.assert_close(sum(out["masked"][0] for out in ranks) / world, value, **close)
+    torch.testing.assert_close(sum(out["masked"][3] for out in ranks) / world, scale, **close)
+    for i, grad in enumerate(grads, 1):
+        torch.testing.assert_close(torch.cat([out["masked"][i] for out in ranks]) / world, grad, **close)
+        assert grad[:4].eq(0).all() and grad[4].ne(0).any()
 
     for loss in ("clip", "siglip"):
         single = tower_gradients(lambda towers: towers, *random_inputs(), loss)

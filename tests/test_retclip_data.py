@@ -495,3 +495,60 @@ def test_labels_of_a_table(tiny_fundus, tmp_path):
     data = dataset(tmp_path / "data", split="val", train=False)
     assert data.class_names == ["x", "y"] and np.isnan(data.targets[[1, 3, 4]]).all()
     assert data.targets[[0, 2]].tolist() == [[1, 0], [1, 1]]
+
+
+def test_an_id_may_stand_for_two_texts(tiny_fundus, tmp_path):
+    """In an LMDB each pair has its own text; all of them may have the same id."""
+    shutil.copytree(tiny_fundus, tmp_path / "data")
+    path = tmp_path / "data/train_texts.jsonl"
+    rows = [json.loads(x) | {"text_id": 0} for x in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data, plain = (dataset(f, split="train_imgs.tsv") for f in (tmp_path / "data", tiny_fundus))
+    told = lambda d: [(d.image_ids[i], d.texts[j]) for i, j in d.pairs]  # noqa: E731
+    assert told(data) == told(plain) and set(data.text_ids) == {0}
+
+
+def test_postscript_is_not_handed_to_a_program(tiny_fundus, tmp_path, monkeypatch):
+    """Pillow would give an EPS file to Ghostscript, which runs it."""
+    program = tmp_path / "bin/gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(common.UserError, match="not a readable image"):
+        retclip.resized(retclip.open_photograph(eps, "x"), 16)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_byte_order_mark_and_foreign_labels(tiny_fundus, tmp_path):
+    shutil.copytree(tiny_fundus, tmp_path / "data")
+    for name in ("train_imgs.tsv", "train_texts.jsonl"):
+        path = tmp_path / "data" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert dataset(tmp_path / "data", split="train_imgs.tsv").ids[0] == "P0"
+    pd.DataFrame({"image_id": ["x"], "label": ["y"]}).to_csv(tmp_path / "data/train_labels.csv", index=False)
+    with pytest.raises(common.UserError, match="has none of the images, the first of which is P0"):
+        dataset(tmp_path / "data", split="train_imgs.tsv")
+
+
+def test_training_and_evaluation_count_alike(tiny_fundus, tmp_path):
+    """metrics_of has the recall and MAP of evaluate.py's results, here with a report of no class among them."""
+    import retrieval
+
+    args = args_of(tiny_fundus)
+    args.monocular = False
+    data = retclip.FundusPairs(tiny_fundus / "val", args, False)
+    data.classes["patient"][4] = ""
+    model = retclip.build_model(args, lambda text: None).eval()
+    with common.process_group("cpu") as ctx:
+        out = retclip.predict(model, data, ctx)
+    metrics = retclip.metrics_of(out, data)
+    found = retrieval.pair_retrieval(out, out["ids"], 0, 0)
+    for level in retclip.LEVELS:
+        for way, name in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
+            for k in (1, 5):
+                assert metrics[f"{level}_{way}_recall_at_{k}"] == pytest.approx(found[name][level][f"recall@{k}"])
+    patient = found["image_to_text"]["patient"]
+    assert metrics["class_map"] == pytest.approx(patient["class_map"])
+    assert metrics["class_recall_at_1"] == pytest.approx(patient["class_recall@1"])

@@ -251,3 +251,34 @@ def test_unreadable_photographs(tiny_fundus, tmp_path, capsys):
     assert pd.read_csv(tmp_path / "skip/bad_samples.csv")["id"].tolist() == ["P5"]
     assert call(*fundus_args(tmp_path / "data", tmp_path / "few", *words)) == 2
     assert "--max-bad-fraction" in error_of(capsys)
+
+
+# ---- nothing is lost
+
+
+def test_a_mistake_costs_no_checkpoint(tiny_fundus, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "again")
+    before = sorted(p.name for p in (tmp_path / "again/checkpoints").iterdir())
+    words = fundus_args(tiny_fundus, tmp_path / "again", "--overwrite", "--train-data", "nowhere")
+    assert call(*words) == 2 and "neither an LMDB" in error_of(capsys)
+    assert sorted(p.name for p in (tmp_path / "again/checkpoints").iterdir()) == before
+    for name in ("epoch_latest.pt", "epoch_latest_previous.pt"):
+        (tmp_path / "again/checkpoints" / name).unlink()
+    for more in ([], ["--resume"]):  # the epochs are a run as well
+        assert call(*fundus_args(tiny_fundus, tmp_path / "again", *more)) == 2
+        assert "of another run" in error_of(capsys)
+
+
+def test_auto_goes_on_from_where_an_explicit_resume_went_back_to(tiny_fundus, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "again", ignore=shutil.ignore_patterns("out_*.log"))
+    words = fundus_args(tiny_fundus, tmp_path / "again", *MORE, "--save-every", 1000, "--eval-every", 1000)
+    start_and_kill([*words, "--resume", tmp_path / "again/checkpoints/epoch2.pt"], 1, 10, tmp_path / "again")
+    assert common.load_checkpoint(tmp_path / "again" / retclip.LAST)["state"]["step"] == 8
+    assert call(*fundus_args(tiny_fundus, tmp_path / "again", *MORE, "--resume", "auto")) == 0
+    a, b = (common.load_checkpoint(f / retclip.LAST) for f in (trained, tmp_path / "again"))
+    assert tensors_equal(a["model"], b["model"]) and "resumed at step 8" in log_of(tmp_path / "again")
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(tiny_fundus, tmp_path):
+    assert call(*fundus_args(tiny_fundus, tmp_path, "--warmup", 12)) == 0
+    assert "warning: --warmup 12 is as long as the whole run of 12 steps" in log_of(tmp_path)
