@@ -363,10 +363,14 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
             own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
         chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
-        notes.append(
-            f"These are the validation cases by which training chose {chosen}: the numbers are too good to be expected "
-            "of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not seen)"
-        )
+        if paired and "state" in saved:  # one that a run goes on from, whatever its score
+            notes.append("These are the validation cases of the training; they did not choose this checkpoint")
+        else:
+            notes.append(
+                f"These are the validation cases by which training chose {chosen}: the numbers are too good to be "
+                "expected of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not "
+                "seen)"
+            )
     elif trained or (same_data and task_args.split == "train"):
         notes.append("The model was trained on these cases: the numbers say nothing about new patients")
     alone = np.flatnonzero(np.isnan(out["image_features"]).any(1)) if paired else []

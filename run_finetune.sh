@@ -64,7 +64,7 @@ run() {
 finetune() {
     local launcher=("$PYTHON")
     if ((NUM_GPUS > 1)); then
-        launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS")
+        launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" --) # else it takes --monitor
     fi
     run "${launcher[@]}" "$HERE/finetune_siglip.py" --seed "$SEED" "$@"
 }

@@ -1,4 +1,4 @@
-# Sourced by run_tests.sh and run_finetune.sh: chooses the Python, and makes .venv when packages are missing.
+# Sourced by run_tests.sh, run_finetune.sh and run_retclip.sh: chooses the Python, and makes .venv when packages are missing.
 
 # missing PYTHON FILE: prints the packages of a requirements file that PYTHON does not have; fails if PYTHON is unusable.
 missing() {

@@ -14,7 +14,7 @@ CPU      python demo_data.py fundus --out demo/fundus
              --text-model tiny --vocab demo/fundus/vocab.txt --batch-size 16 --lr 5e-4 --warmup 30
 1 GPU    python train_retclip.py --train-data lmdb/train --val-data lmdb/val --vocab vocab.txt --amp \\
              --pretrained ret-clip.pt --batch-size 64 --accum-steps 4         # 256 pairs in one loss, by gradient cache
-N GPUs   torchrun --nproc_per_node N train_retclip.py ... (--batch-size is per process; the loss is over all of them)
+N GPUs   torchrun --nproc_per_node N -- train_retclip.py ... (--batch-size is per process; the loss is over all of them)
 Resume   the same command with --resume auto: bit for bit as if never stopped; --resume .../epoch4.pt goes back to that
 Writes   in logs/NAME: checkpoints/epoch_latest.pt, epoch{N}.pt (every --save-epoch-frequency), best_epoch*.pt (top k),
          best_model.pt; out_*.log and params_*.txt (one a start), results.jsonl
@@ -675,7 +675,7 @@ def augmented(photograph: Image.Image, size: int, rng) -> tuple[np.ndarray, np.n
     A crop of 90 to 100 % of the area, brightness, contrast and saturation 0.8 to 1.2, and once in ten times a rectangle
     of the mean colour. Never mirrored: that would make a left eye a right one.
     """
-    photograph.draft("RGB", (size, size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, no smaller than this
+    photograph.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, no smaller than this
     w, h = photograph.size
     for _ in range(10):
         area, ratio = w * h * rng.uniform(0.9, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

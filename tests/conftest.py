@@ -232,7 +232,9 @@ def report_args(folder, out, *more):
 def shell_env() -> dict:
     """Environment for shell scripts in which `python`, `python3` and `torchrun` are those that run the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    names = ("CSV_FILE", "PRETRAINED_PATH", "OUTPUT_BASE_DIR", "NUM_GPUS", "SEED", "WANDB_MODE", "WANDB_API_KEY")
+    names = ["CSV_FILE", "PRETRAINED_PATH", "OUTPUT_BASE_DIR", "NUM_GPUS", "SEED", "WANDB_MODE", "WANDB_API_KEY"]
+    names += ["TRAIN_CSV", "VAL_CSV", "TEST_CSV", "DATASET", "IMAGE_DIR", "VOCAB", "PRETRAINED", "OUT", "RUN_NAME"]
+    names += ["VISION_MODEL", "TEXT_MODEL", "BATCH_SIZE", "MAX_EPOCHS", "USE_FLASH_ATTN", "DEMO_N", "DEMO_EPOCHS"]
     own = {
         "PATH": path,
         "OMP_NUM_THREADS": "1",
