@@ -2608,6 +2608,9 @@ def run_main(main) -> int:
             file=sys.stderr,
         )
         code = 1
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
     for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold
         child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, before)
     return code

@@ -444,9 +444,7 @@ class FundusPairs(Dataset):
         self.args, self.train, self.source, self.warnings = args, train, source, []
         images, self.file, self.labels_file = files_of(source)
         self.images = TSVImages(images) if images.suffix == ".tsv" else LMDBImages(source)
-        rows = (jsonl_pairs if self.file.suffix == ".jsonl" else lmdb_pairs)(
-            self.file if self.file.suffix == ".jsonl" else source
-        )
+        rows = jsonl_pairs(self.file) if self.file.suffix == ".jsonl" else lmdb_pairs(source)
         if not rows:
             raise UserError(f"{source}: holds no pair of an image and a report")
         image_row = {name: i for i, name in enumerate(dict.fromkeys(image for image, _, _ in rows))}
@@ -497,8 +495,7 @@ class FundusPairs(Dataset):
         }
         self.eye_labels = [list(e) for e in zip(column("left_label"), column("right_label"), strict=True)]
         self.groups = [g or n for g, n in zip(column("patient_id"), names, strict=True)]
-        parts = [set(w.split(" / ")) - {""} for w in whole]  # "one / other": those of the two eyes
-        self.class_names = sorted(set().union(*parts))
+        self.class_names = sorted({c for w in whole for c in w.split(" / ")} - {""})  # "one / other": of the two eyes
 
     @property
     def targets(self) -> np.ndarray:
@@ -518,8 +515,10 @@ class FundusPairs(Dataset):
         unknown = 100 * np.mean(np.concatenate(ids) == self.tokenizer.token_to_id("[UNK]"))
         lengths, limit = [len(i) for i in ids], self.args.max_text_length
         cut = 100 * np.mean(np.array(lengths) > limit)
+        shown = "one photograph a patient" + (", shown as both eyes" if not self.args.monocular else "")
+        shown = "two eyes a patient" if self.eyes == 2 else shown
         text = (
-            f"{self.ids[0]}, {'two eyes' if self.eyes == 2 else 'one photograph'} a patient, {lengths[0]} tokens; "
+            f"{self.ids[0]}, {shown}, {lengths[0]} tokens; "
             f"{sum(map(bool, self.classes['patient']))} of {len(self.image_ids)} images have a label; "
             f"{cut:.1f} % of the reports are cut at {limit} tokens (median {np.median(lengths):.0f}), "
             f"{unknown:.1f} % of their words are unknown to the vocabulary"
