@@ -1,6 +1,7 @@
 """train_retclip.py's model: parity with the original, the weight files it reads, its flags. Small networks."""
 
 import json
+import math
 import re
 
 import pytest
@@ -449,3 +450,22 @@ def test_grad_checkpointing_and_flash_attention(tiny_fundus, tmp_path, monkeypat
     words = fundus_args(tiny_fundus, tmp_path / "out", "--max-steps", 1, "--use-flash-attention")
     assert common.run_main(lambda: retclip.main([str(w) for w in words[1:]])) == 0
     assert allowed == [False]
+
+
+def test_flags_reach_their_places(tiny_fundus, tmp_path):
+    words = ["--max-logit-scale", 50, "--grad-cache-chunk", 3, "--accum-freq", 2, "--wd", 0.2, "--use-augment"]
+    args = args_of(tiny_fundus, tmp_path, *words, "--level-weights", 1, 2, 3)
+    args.monocular = False
+    model = retclip.build_model(args, lambda text: None)
+    criterion = retclip.build_criterion(args, None)
+    assert model.max_logit_scale == 50 and criterion.chunk == 3 and args.accum_steps == 2 and args.augment
+    assert {g["weight_decay"] for g in retclip.build_optimizer(model, args).param_groups} == {0.0, 0.2}
+    assert criterion.chance(10) == pytest.approx(6 * math.log(10))
+    assert args_of(tiny_fundus, tmp_path).grad_cache_chunk == 0
+    assert retclip.build_criterion(args_of(tiny_fundus, tmp_path), None).chunk == 4  # the micro-batch
+
+
+def test_amp_trains_and_top_k_keeps(tiny_fundus, tmp_path):
+    words = fundus_args(tiny_fundus, tmp_path, "--amp", "bf16", "--top-k", 2, "--scheduler", "plateau")
+    assert common.run_main(lambda: retclip.main([str(w) for w in words[1:]])) == 0
+    assert len(list((tmp_path / "checkpoints").glob("best_epoch*.pt"))) == 2
