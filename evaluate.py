@@ -345,7 +345,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         source = "none: the most probable class of a case counts as present" if names else "none: no classes"
     elif paired and args.threshold_part and not names:
         raise UserError("--threshold-part: the data have no two classes (leave it out)")
-    unread = [dataset.ids[i] for i in out.get("unread", [])]
+    unread, all_rows = [dataset.ids[i] for i in out.get("unread", [])], range(len(out["ids"]))
     table, notes = script.data_file(task_args), []
     where = f"split '{task_args.split}' of {table.name}"
     if paired:  # the folder of an LMDB, or the beginning of two files
@@ -395,7 +395,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         class_names=names,
         targets=np.asarray(out["targets"], np.float64),
         probs=out["probs"],
-        failed={out["ids"][i]: why_failed(dataset, out["rows"][i] if "rows" in out else i) for i in out["failed"]},
+        failed={out["ids"][i]: why_failed(dataset, out.get("pair_rows", all_rows)[i]) for i in out["failed"]},
         thresholds=np.full(len(names), thresholds),
         thresholds_source=source,
         evaluated=args.test_only.name + (", zero-shot" if prompts and not args.linear_probe else ""),

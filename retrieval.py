@@ -348,7 +348,7 @@ def eyes_of(names: list[str], *outs: dict) -> tuple:
         found.append({
             "ids": [out["ids"][i] + ends[e] for i, e in places], "groups": [out["groups"][i] for i, _ in places],
             "targets": np.array(targets), "probs": np.full((len(x), len(names)), np.nan),
-            "image_features": np.stack(x), "rows": [i for i, _ in places],
+            "image_features": np.stack(x), "pair_rows": [i for i, _ in places],
             "failed": [k for k, (i, _) in enumerate(places) if i in out["failed"]],
         })  # fmt: skip
     return names, *found

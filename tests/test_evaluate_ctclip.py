@@ -472,6 +472,7 @@ def test_linear_probe_of_odd_training_data(score, world, tmp_path):
 # ---- all of it ----
 
 
+@pytest.mark.slow  # test_evaluate.py has the same for another script
 def test_ranks_agree(world, tmp_path):
     """To the last digit for 1 and 2 ranks, with all flags."""
     runner = tmp_path / "runner.py"

@@ -676,7 +676,7 @@ def test_an_eye_of_two_classes(predicted):
     out = predicted("lmdb/test")
     out["eye_labels"][0] = [f"{KINDS[1]} / {KINDS[2]}", "other / "]
     names, part = retrieval.eyes_of([], out)
-    assert names == sorted([*KINDS, "other"]) and part["rows"][:3] == [0, 0, 1] and len(part["ids"]) == 90
+    assert names == sorted([*KINDS, "other"]) and part["pair_rows"][:3] == [0, 0, 1] and len(part["ids"]) == 90
     assert part["targets"][0].tolist() == [0, 1, 1, 0] and part["targets"][1].tolist() == [0, 0, 0, 1]
     assert np.isnan(part["targets"][14]).all() and part["groups"][14] == "test006"
 

@@ -158,10 +158,8 @@ def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
 # ---- resume
 
 
-TWO_RANKS = pytest.param(2, (2, 0), (5, 14), marks=pytest.mark.slow)  # test_train_retclip.py: the same loop, less time
-
-
-@pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), TWO_RANKS])
+@pytest.mark.slow  # test_train_retclip.py has the same of the same loop, in less time
+@pytest.mark.parametrize(("world", "workers", "after"), [(1, (0, 2), (7, 23)), (2, (2, 0), (5, 14))])
 def test_killed_run_ends_equal_to_the_uninterrupted_one(tiny_ct, tmp_path, world, workers, after):
     """kill -9 twice, mid-epoch, other numbers of workers: model, EMA, optimizer, best list, results, bit for bit."""
     more = [

@@ -63,12 +63,14 @@ def test_training_and_evaluation(three_ways, tmp_path):
     assert (out / "report.html").read_text().count("undefined") >= 17
 
 
+@pytest.mark.slow
 def test_ctclip_prepares_trains_and_is_evaluated(shared, tmp_path):
     """Volumes and reports: from a cache, and preprocessed on the way; 11 patients try the path, they teach nothing."""
     import demo_data
 
     ct = shared / "data" / "ct"
-    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in demo_data.vocabulary()))
+    texts = [demo_data.NORMAL, *demo_data.PRESENT, *demo_data.ABSENT, *demo_data.PROMPTS, *CT_RATE_LABELS]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in demo_data.vocabulary(texts)))
     tables = ["--reports", ct / "reports.csv", "--metadata", ct / "metadata.csv", "--labels", ct / "labels.csv"]
     for split in ("train", "valid"):
         (tmp_path / split).mkdir()

@@ -340,6 +340,7 @@ def times(folder: Path) -> dict:
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_killed_after_and_within_a_stage_it_ends_the_same(tmp_path, shell_env, monkeypatch):
     """Killed after the preparation and in the second epoch: data, weights and numbers of the stages by hand, in one go.
 
