@@ -162,6 +162,7 @@ def test_two_ranks_equal_one_and_resume(tiny_reports, tmp_path):
     assert logs[0]["train_loss"] == pytest.approx(logs[1]["train_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fsdp_equals_one_process(tiny_reports, tmp_path):
     """Split over two ranks: the same training, whole tensors in the file, which either continues."""
     more = ["--max-steps", 4, "--eval-every", 4, "--save-every", 2, "--grad-checkpointing", "--lr", "1e-8"]
