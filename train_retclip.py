@@ -1395,11 +1395,8 @@ def predict(model, dataset, ctx, say=None) -> dict:
             found = model.encode_image(eyes, batch["present"])
             parts = [F.normalize(found[level].float(), dim=-1) for level in model.levels]
             parts = torch.cat([torch.stack(parts, 1), eyes.float()], 1)  # (B, levels + eyes, embed)
-            seen = [batch["bad"][:, None] == 0] * len(model.levels)
-            seen = torch.cat(seen, 1)
-            if not model.monocular:
-                seen[:, 1:] &= batch["present"]
-            seen = torch.cat([seen, batch["present"]], 1)
+            present = [batch["present"]] * (1 if model.monocular else 2)  # for left and right, and for the eyes
+            seen = torch.cat([batch["bad"][:, None] == 0, *present], 1)  # (B, levels + eyes)
             if not parts[seen].isfinite().all():
                 raise UserError("the model's outputs are not finite (--amp bf16 or none)")
             rows.append(parts.masked_fill(~seen[..., None], math.nan).cpu())
@@ -1486,8 +1483,8 @@ def in_batches(out: dict, pairs: np.ndarray, args) -> dict[str, float]:
         texts = [out["texts"][j] for j in some[:, 1]]
         same = common.report_matches(np.arange(len(some))[:, None].repeat(2, 1), texts, len(some))
         for level, features in out["image_features"].items():
-            image, text = (torch.from_numpy(x).double() for x in (features, out["text_features"][level]))
-            image, text = image[some[:, 0]], text[some[:, 1]]
+            image, text = features[some[:, 0]], out["text_features"][level][some[:, 1]]
+            image, text = torch.from_numpy(image).double(), torch.from_numpy(text).double()
             seen = image.isfinite().all(1)
             if not seen.any():
                 continue
@@ -1682,7 +1679,7 @@ def begin_files(args, ctx, saved: dict | None) -> None:
         for old in [] if saved else left:
             old.unlink()
         if saved and args.resume != "auto" and Path(args.resume).resolve() != last.resolve():
-            if last.exists():
+            if last.exists() and Path(args.resume).resolve() != common.previous_of(last).resolve():
                 common.link_file(last, common.previous_of(last))
             common.link_file(Path(args.resume), last)  # `auto` must not go back to what is given up now
 
