@@ -637,7 +637,7 @@ class DenseLayer(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet-121 (arXiv 1608.06993): image (N, 3, h, w) -> maps of strides 8, 16, 32; key names of torchvision."""
 
-    widths, recompute = (512, 1024, 1024), False
+    widths, recompute, rectified = (512, 1024, 1024), False, True  # the CSI tool leaves the last ReLU out
 
     def __init__(self):
         super().__init__()
@@ -667,7 +667,8 @@ class DenseNet(nn.Module):
         x = run_blocks([*f.denseblock1, f.transition1, *f.denseblock2], x, self.recompute)  # (N, 512, h / 8, w / 8)
         y = run_blocks([f.transition2, *f.denseblock3], x, self.recompute)  # (N, 1024, h / 16, w / 16)
         z = run_blocks([f.transition3, *f.denseblock4], y, self.recompute)
-        return x, y, F.relu(f.norm5(z), inplace=True)  # (N, 1024, h / 32, w / 32)
+        z = f.norm5(z)
+        return x, y, F.relu(z, inplace=True) if self.rectified else z  # (N, 1024, h / 32, w / 32)
 
 
 def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True):
