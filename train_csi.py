@@ -299,7 +299,10 @@ def parse_args(argv=None) -> Config:
 
 
 def args_from_checkpoint(saved: dict, **overrides) -> Config:
-    """The arguments a checkpoint was trained with, except for `overrides` that are not None; of another CSV any film."""
+    """The arguments a checkpoint was trained with, except for `overrides` that are not None.
+
+    Of another CSV than in training all films are taken, if no split is named.
+    """
     args = Config(**vars(build_parser().parse_args([])))
     vars(args).update(saved["args"])
     given = {k: v for k, v in overrides.items() if v is not None}
@@ -1494,7 +1497,7 @@ def compute_ahf_classification_metrics(predictions, targets) -> dict:
 
 @torch.enable_grad()
 def zone_maps(model, dataset, index: int, device) -> np.ndarray | None:
-    """Where a film (by its index) shows the severity of each zone: (6, S, S) float32, the highest of a film 1.
+    """Where a film (by its index) shows the severity of each zone: (6, S, S) float32, the highest of the film 1.
 
     Gradient of the zone's expected score times activation, over the channels of the last map, what raises the score
     alone (HiResCAM, arXiv 2011.08891: Grad-CAM without its average over places, which would point outside the zone);
@@ -1507,9 +1510,12 @@ def zone_maps(model, dataset, index: int, device) -> np.ndarray | None:
     if of_zone[0].ndim != 4:
         return None
     logits, out = model.head(features).float()[0], []
-    scores = expected_scores(logits, model.args)
-    for i, x in enumerate(of_zone):
-        gradient = torch.autograd.grad(scores[i], x, retain_graph=True)[0]
+    at = logits.detach().double().requires_grad_()
+    slope = torch.autograd.grad(expected_scores(at, model.args).sum(), at)[0]  # (6, C)
+    slope = slope / slope.abs().sum(1, keepdim=True)  # flat where the model is sure: only the direction counts
+    scores = (slope.to(logits.dtype) * logits).sum(1)
+    for score, x in zip(scores, of_zone, strict=True):
+        gradient = torch.autograd.grad(score, x, retain_graph=True)[0]
         out.append((gradient * x).sum(1, keepdim=True).relu())  # (1, 1, h, w)
     side = item["image"].shape[-1]
     found = F.interpolate(torch.cat(out), (side, side), mode="bilinear", align_corners=False)[:, 0].detach()
@@ -1519,7 +1525,7 @@ def zone_maps(model, dataset, index: int, device) -> np.ndarray | None:
 def expected_scores(logits, args) -> torch.Tensor:
     """Logits (6, C) -> (6,), differentiable: the mean score if the zone can be graded."""
     given = common.corn_probs(logits[:, :3]) if args.loss == "corn" else logits[:, :4].softmax(-1)
-    return given @ torch.arange(4.0, device=logits.device)
+    return given @ torch.arange(4.0, device=logits.device, dtype=logits.dtype)
 
 
 # ==== Train ====================================================================================================
