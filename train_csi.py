@@ -10,8 +10,9 @@ Papers   CSI: Int J Cardiol 2020;299:192, PLoS Med e1003419; CheXNet arXiv 1711.
 Data     --csv: FileID and six columns of scores, in the order of ZONES (; , or tab; empty = unknown); if there: csi,
          patient, view, diagnosis, split. --image-dir: FileID.png .jpg .nii.gz .dcm ..., 8 or 16 bits, any aspect.
          --mask-dir: FileID_left_lung_mask.png, FileID_right_lung_mask.png
-Weights  --pretrained true (those the model is known for: torchvision's file, or microsoft/rad-dino of the hub), a file
-         (torchvision, TorchXRayVision state dict, CheXNet, RAD-DINO, the original tool's or one of ours), or 'none'
+Weights  --pretrained true (those the model is known for: torchvision's file, or microsoft/rad-dino of the hub; the
+         default, but for Custom_1, which has none), a file (torchvision, TorchXRayVision state dict, CheXNet, RAD-DINO,
+         the original tool's or one of ours), or 'none'
 CPU      python demo_data.py cxr --out demo/cxr --n 400
          python train_csi.py --csv demo/cxr/labels.csv --image-dir demo/cxr/images --model Custom_1 --pretrained none \\
              --image-size 128 --epochs 10 --output-dir runs/csi
@@ -151,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", "--model-arch", type=model_name, default="ResNet50", help="backbone")
-    add("--pretrained", default="true", help="weights to begin with (kinds: see the script's head), or 'none'")
+    add("--pretrained", help="weights to begin with (kinds: see the script's head), or 'none'")
     add("--allow-partial", action="store_true", help="accept weights that lack part of the backbone")
     add("--normalization", choices=["auto", *NORMALIZATIONS], default="auto", help="scale of the pixels (auto: that of "
         "the weights, else medical)")  # fmt: skip
@@ -249,10 +250,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Config(argparse.Namespace):
-    """The arguments, also under the names of configs/csi.ini: `config.n_epochs` is `config.epochs`."""
+    """The arguments, also under the names of configs/csi.ini: `config.n_epochs` is `config.epochs`.
+
+    What is set later is read as on the command line: `config.scheduler = "StepLR"`, `config.pretrained = False`.
+    """
 
     names = {"n_epochs": "epochs", "learning_rate": "lr", "model_arch": "model", "patience": "plateau_patience"}
     names |= {"factor": "plateau_factor"}
+    read = {"model": model_name, "scheduler": scheduler_name}
+    read |= {"pretrained": lambda x: {"false": "none", "no": "none"}.get(str(x).lower(), str(x))}
+    read |= dict.fromkeys(("csv", "image_dir", "mask_dir", "split_file", "output_dir", "export", "journal"), Path)
 
     def __getattr__(self, name):
         if name not in Config.names:
@@ -260,7 +267,8 @@ class Config(argparse.Namespace):
         return getattr(self, Config.names[name])
 
     def __setattr__(self, name, value):
-        super().__setattr__(Config.names.get(name, name), value)
+        name = Config.names.get(name, name)
+        super().__setattr__(name, Config.read[name](value) if name in Config.read and value is not None else value)
 
 
 DOCUMENTED = {"batch_size": (8, 128), "lr": (1e-4, 1e-2), "epochs": (10, 500), "unknown_weight": (0.1, 1.0)}  # ranges
@@ -268,7 +276,6 @@ DOCUMENTED = {"batch_size": (8, 128), "lr": (1e-4, 1e-2), "epochs": (10, 500), "
 
 def parse_args(argv=None) -> Config:
     args = Config(**vars(common.parse_with_config(build_parser(), argv)))
-    args.pretrained = {"false": "none", "no": "none"}.get(args.pretrained.lower(), args.pretrained)
     args.image_size = args.image_size or (518 if args.model == "RadDINO" else 224)
     args.monitor = args.monitor or ("qwk" if args.mode in ("hyperopt", "sweep") else MONITOR)
     args.masked, args.mean, args.std = args.mask_dir is not None, None, None  # the last two as the weights are
@@ -292,7 +299,7 @@ def parse_args(argv=None) -> Config:
         raise UserError("--export: the original tool has no such model (only with --loss ce, --num-classes 5 and "
                         "--zone-focus masking or none)")  # fmt: skip
     for name, (low, high) in DOCUMENTED.items():
-        if not low <= getattr(args, name) <= high:
+        if not low <= getattr(args, name) <= high and int(os.environ.get("RANK", 0)) == 0:
             print(f"warning: {name} {getattr(args, name):g} is outside the recommended {low:g} to {high:g}",
                   file=sys.stderr)  # fmt: skip
     return args
@@ -320,8 +327,8 @@ def args_from_checkpoint(saved: dict, **overrides) -> Config:
 
 def __getattr__(name):
     """`cfg`, the documented defaults, for notebooks."""
-    if name == "cfg":
-        return parse_args([])
+    if name == "cfg":  # one object, so that what is changed in it stays changed
+        return globals().setdefault("cfg", parse_args([]))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -1133,8 +1140,8 @@ class WeightedCSILoss(nn.Module):
         return self.weights(batch["target"]).sum()
 
     def each(self, logits, targets):
-        """(B, 6, C), (B, 6) -> the loss of every zone, (B, 6) float32."""
-        flat = logits.flatten(0, 1).float(), targets.flatten()
+        """(B, 6, C), (B, 6) -> the loss of every zone, (B, 6)."""
+        flat = logits.flatten(0, 1), targets.flatten()
         ignored = UNKNOWN if logits.shape[-1] == UNKNOWN else -100
         return F.cross_entropy(*flat, reduction="none", ignore_index=ignored).view_as(targets)
 
@@ -1155,15 +1162,14 @@ class OrdinalLoss(WeightedCSILoss):
         self.kind, self.cdw_alpha, self.gradable = kind, cdw_alpha, gradable
 
     def each(self, logits, targets):
-        logits, graded = logits.float(), targets != UNKNOWN
-        n_scores = 3 if self.kind == "corn" else 4
+        graded, n_scores = targets != UNKNOWN, 3 if self.kind == "corn" else 4
         flat = logits[..., :n_scores].flatten(0, 1), torch.where(graded, targets, -1).flatten()
         more = {"alpha": self.cdw_alpha} if self.kind == "cdw" else {}
         loss = {"corn": common.corn_loss, "cdw": common.class_distance_loss, "emd": common.emd_loss}[self.kind]
         each = loss(*flat, reduction="none", **more).view_as(targets)
         if not self.gradable:
             return each
-        return each + F.binary_cross_entropy_with_logits(logits[..., -1], graded.float(), reduction="none")
+        return each + F.binary_cross_entropy_with_logits(logits[..., -1], graded.to(logits), reduction="none")
 
 
 def build_criterion(args, train_set):
@@ -1742,6 +1748,11 @@ def finish(args, ctx, model, val_set, best, log) -> int:
 
 # ---- for notebooks and own loops, by the documented names and signatures
 
+console = common._TqdmHandler()  # shows `logger.info`, which Python else drops, and tears no progress bar
+console.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
+logger.handlers, logger.propagate = [console], False
+logger.setLevel(logging.INFO)
+
 
 def train_model(config) -> ZoneModel:
     """Train with `config` (of `parse_args`, or `cfg`) as the command line does, files included.
@@ -1749,7 +1760,9 @@ def train_model(config) -> ZoneModel:
     -> the model in evaluation mode: the best epoch's weights, or with restore_best_weights = false the last one's.
     Raises UserError; KeyboardInterrupt if a signal ended the run, which `config.resume = "auto"` continues.
     """
+    common.set_deterministic(config.deterministic)
     with common.process_group(config.device, config.timeout_minutes) as ctx:
+        check_environment(config, ctx)
         if train(config, ctx):
             raise KeyboardInterrupt("stopped by a signal, saved")
         saved = common.load_checkpoint(config.output_dir / (BEST if config.restore_best_weights else LAST))
@@ -1764,7 +1777,7 @@ def on_device(batch, device) -> dict:
 
 def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dict[str, float]:
     """One pass over a loader of batches ({"image", "target"} or pairs) -> train_loss, train_accuracy (graded zones)."""
-    model.train()
+    model.to(device).train()
     loss_sum, right = AverageMeter(), AverageMeter()
     for batch in tqdm(train_loader, desc=f"epoch {epoch}", leave=False, disable=None):
         batch = on_device(batch, device)
@@ -1773,7 +1786,7 @@ def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dic
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        loss_sum.update(float(loss), float(criterion.count(batch)))
+        loss_sum.update(float(loss), float(criterion.count(batch)) if hasattr(criterion, "count") else len(logits))
         graded = batch["target"] != UNKNOWN
         hits = (logits.argmax(-1) == batch["target"])[graded].float()
         right.update(float(hits.mean()) if len(hits) else 0.0, len(hits))
@@ -1784,7 +1797,7 @@ def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dic
 def validate_epoch(model, val_loader, criterion, device, epoch) -> dict[str, float]:
     """-> val_loss over the whole loader (not a mean of batches), val_accuracy, and val_ before the names of
     `compute_f1_metrics`, `compute_precision_recall` and `compute_csi_average_metrics`."""
-    model.eval()
+    model.to(device).eval()
     logits, targets = [], []
     for batch in tqdm(val_loader, desc=f"epoch {epoch}, validation", leave=False, disable=None):
         batch = on_device(batch, device)
@@ -1812,15 +1825,17 @@ def create_scheduler(optimizer, config):
     kinds = torch.optim.lr_scheduler
     if config.scheduler == "plateau":
         return kinds.ReduceLROnPlateau(optimizer, factor=config.plateau_factor, patience=config.plateau_patience)
-    if config.scheduler == "step":
-        scheduler = kinds.StepLR(optimizer, config.step_size, config.plateau_factor)
-    elif config.scheduler == "cosine":
-        scheduler = kinds.CosineAnnealingLR(optimizer, config.epochs, config.lr * config.min_lr_ratio)
-    else:
-        scheduler = kinds.ConstantLR(optimizer, 1.0)
-    step = scheduler.step
-    scheduler.step = lambda metric=None: step()  # torch would take a loss for an epoch number
-    return scheduler
+    kind, values = {
+        "step": (kinds.StepLR, (config.step_size, config.plateau_factor)),
+        "cosine": (kinds.CosineAnnealingLR, (config.epochs, config.lr * config.min_lr_ratio)),
+        "constant": (kinds.ConstantLR, (1.0,)),
+    }[config.scheduler]
+
+    class Stepped(kind):
+        def step(self, metric=None):  # torch would take a loss for an epoch number
+            super().step()
+
+    return Stepped(optimizer, *values)
 
 
 class EarlyStopping:
@@ -1842,7 +1857,8 @@ class EarlyStopping:
         self.best, self.best_weights, self.counter, self.early_stop = None, None, 0, False
 
     def __call__(self, value: float, model: nn.Module | None = None) -> bool:
-        gain = math.inf if self.best is None else (self.best - value) * (1 if self.mode == "min" else -1)
+        first = self.best is None or math.isnan(self.best)
+        gain = math.inf if first else (self.best - value) * (1 if self.mode == "min" else -1)
         if gain > self.min_delta:
             self.best, self.counter = value, 0
             if model is not None and self.restore_best_weights:

@@ -343,6 +343,46 @@ def fundus_args(folder, out, *more):
     ]  # fmt: skip
 
 
+ZONES = ["right_sup", "left_sup", "right_mid", "left_mid", "right_inf", "left_inf"]
+
+
+@pytest.fixture(scope="session")
+def tiny_films(tmp_path_factory):
+    """A folder with images/ (26 films of 60 x 72 pixels, PNG) and labels.csv with ;: 16 train, 7 val, 3 test.
+
+    A zone is as bright as its score; every fifth zone is unknown, film 20 altogether. Films 2 i and 2 i + 1 are of one
+    patient up to film 11; every third has a diagnosis, view PA or AP.
+    """
+    from PIL import Image
+
+    folder, rng, rows = tmp_path_factory.mktemp("tiny_films"), np.random.default_rng(0), []
+    (folder / "images").mkdir()
+    for i in range(26):
+        scores = rng.integers(0, 4, 6)
+        film = rng.normal(60, 12, (72, 60))
+        for zone, score in enumerate(scores):
+            row, column = divmod(zone, 2)
+            film[24 * row : 24 * row + 24, 30 * column : 30 * column + 30] += 45 * score
+        Image.fromarray(film.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        shown = ["" if i == 20 or (6 * i + zone) % 5 == 4 else score for zone, score in enumerate(scores)]
+        known = [s for s in shown if s != ""]
+        csi = round(float(np.mean(known)), 3) if known else ""
+        split = "train" if i < 16 else "val" if i < 23 else "test"
+        rows.append([i, *shown, csi, f"p{i // 2 if i < 12 else i}", "AP" if i % 2 else "PA", int(i % 3 == 0), split])
+    columns = ["FileID", *ZONES, "csi", "patient", "view", "diagnosis", "split"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "labels.csv", index=False, sep=";")
+    return folder
+
+
+def film_args(folder, out, *more):
+    """Command line of a run of seconds: Custom_1 on 64 pixels, three epochs of four steps."""
+    return [
+        "train_csi.py", "--csv", folder / "labels.csv", "--image-dir", folder / "images", "--model", "Custom_1",
+        "--pretrained", "none", "--image-size", 64, "--batch-size", 4, "--epochs", 3, "--lr", "1e-3", "--num-workers",
+        0, "--no-tensorboard", "--output-dir", out, "--log-interval", 1, *more,
+    ]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     """The longest file first, so that two test processes end at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")

@@ -383,5 +383,5 @@ def test_no_map_is_better_than_an_invented_one(monkeypatch):
 
 
 def test_maps_of_masking_are_each_zones_own():
-    model = model_of("--model", "Custom_1", "--image-size", 224, "--zone-focus", "masking", "--masking-strategy", "zero")
+    model = model_of("--model", "Custom_1", "--zone-focus", "masking", "--masking-strategy", "zero")
     assert csi.zone_maps(model, OneFilm((20, 40)), 0, "cpu").shape == (6, 224, 224)
