@@ -134,6 +134,52 @@ def asymmetric_loss(
     return _reduce(loss, mask, reduction)
 
 
+def corn_loss(logits, targets, reduction="mean") -> torch.Tensor:
+    """CORN: "above class k, given at least k" for k = 0..K-2 (Shi, Cao and Raschka 2021, arXiv 2111.08851).
+
+    logits: (N, K - 1); targets: (N,) int, 0..K-1 or negative for unknown -> scalar. The loss of a row is the sum over
+    the tasks that it takes part in, those with k <= target, so it does not depend on the batch; the authors divide the
+    total by the number of tasks instead. reduction, here and in the two losses below: "mean" over the known rows (0 if
+    there are none), "sum", or "none" -> (N,), 0 where unknown.
+    """
+    logits, target = _float32(logits), targets[:, None]
+    task = torch.arange(logits.shape[1], device=logits.device)
+    bce = F.binary_cross_entropy_with_logits(logits, (target > task).to(logits.dtype), reduction="none")
+    return _reduce_rows(torch.where(target >= task, bce, 0).sum(1), targets, reduction)
+
+
+def corn_probs(logits) -> torch.Tensor:
+    """Class probabilities of logits trained with `corn_loss`: (..., K - 1) -> (..., K), at least float32.
+
+    P(y = k) = P(y >= k) * P(y <= k | y >= k): never negative, and the ranks are consistent by construction.
+    """
+    logits = _float32(logits)
+    reached = F.pad(torch.sigmoid(logits).cumprod(-1), (1, 0), value=1.0)  # P(y >= k)
+    return reached * F.pad(torch.sigmoid(-logits), (0, 1), value=1.0)
+
+
+def class_distance_loss(logits, targets, alpha=2.0, reduction="mean") -> torch.Tensor:
+    """CDW-CE: -sum_i log(1 - p_i) * |i - target|^alpha (Polat et al. 2022, arXiv 2202.05167), p the softmax.
+
+    logits: (N, K); targets: (N,) int, 0..K-1 or negative for unknown -> scalar. reduction: as in `corn_loss`.
+    """
+    log_p, classes = F.log_softmax(_float32(logits), 1), torch.arange(logits.shape[1], device=logits.device)
+    others = log_p[:, None].masked_fill(classes[:, None] == classes, -math.inf)  # (N, K, K): row i is without class i
+    log_not = torch.logsumexp(others, 2)  # log(1 - p_i), also where p_i rounds to 1
+    distance = (classes - targets[:, None]).abs().to(log_p.dtype)  # (N, K)
+    return _reduce_rows(-(log_not * distance**alpha).sum(1), targets, reduction)
+
+
+def emd_loss(logits, targets, reduction="mean") -> torch.Tensor:
+    """Squared earth mover's distance of the softmax to the target, the sum over the classes of the squared difference
+    of the cumulative distributions (Hou, Yu and Samaras 2016, arXiv 1611.05916). Arguments as above.
+    """
+    cumulative = F.softmax(_float32(logits), 1).cumsum(1)[:, :-1]  # of the last class it is 1 on both sides
+    classes = torch.arange(cumulative.shape[1], device=logits.device)
+    gap = cumulative - (classes >= targets[:, None]).to(cumulative.dtype)  # (N, K - 1)
+    return _reduce_rows((gap**2).sum(1), targets, reduction)
+
+
 def balanced_weights(targets, max_weight: float = 100.0) -> torch.Tensor:
     """`pos_weight` (K,) float32 = negatives / positives among the known labels of the training split, (N, K).
 
@@ -216,6 +262,11 @@ def _reduce(loss, mask, reduction):
         raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
     total = torch.where(mask, loss, 0).sum()
     return total / mask.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def _reduce_rows(loss, targets, reduction):
+    rows = torch.where(known(targets), loss, 0)  # (N,)
+    return rows if reduction == "none" else _reduce(rows, known(targets), reduction)
 
 
 def _rank_and_world() -> tuple[int, int]:
@@ -321,12 +372,13 @@ def bootstrap_counts(groups, n_resamples: int, seed: int) -> np.ndarray:
     return _take(counts.astype(np.float64), inverse).T
 
 
-def weighted_auroc(y, s, w) -> np.ndarray:
+def weighted_auroc(y, s, w, rows=None) -> np.ndarray:
     """Area under the ROC curve, ties counting half, for each column of w -> (B,); NaN without both classes.
 
-    y: (n,) 0/1; s: (n,) scores; w: (n, B) weights >= 0. Equal to scikit-learn's with sample_weight.
+    y: (n,) 0/1; s: (n,) scores; w: (n, B) weights >= 0. Equal to scikit-learn's with sample_weight. rows: (n,) row of w
+    for each entry, where several share one, or one has none.
     """
-    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w))[0]
+    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w), rows)[0]
 
 
 def weighted_average_precision(y, s, w) -> np.ndarray:
@@ -561,6 +613,133 @@ def _ratio(a, b, empty=np.nan):
     """a / b, and `empty` where b is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.asarray(b) == 0, empty, np.divide(a, b))
+
+
+def bootstrap_weights(groups, n_resamples: int, seed: int) -> np.ndarray:
+    """(n, 1 + B): ones, for the value itself, and `bootstrap_counts`."""
+    ones = np.ones((len(groups), 1))
+    return np.append(ones, bootstrap_counts(groups, n_resamples, seed), axis=1) if n_resamples else ones
+
+
+def with_interval(columns: dict[str, np.ndarray], level=0.95) -> dict[str, float]:
+    """{metric: (1 + B,)}, the value and that of B resamples -> metric, metric_low, metric_high of each, as
+    `bootstrap_intervals` has them; metric alone where B is 0.
+    """
+    found = {}
+    for name, values in columns.items():
+        found[name], rest = float(values[0]), values[1:][~np.isnan(values[1:])]
+        if len(values) > 1:
+            bounds = np.quantile(rest, [(1 - level) / 2, (1 + level) / 2]) if len(rest) else (np.nan, np.nan)
+            found[f"{name}_low"], found[f"{name}_high"] = map(float, bounds)
+    return found
+
+
+def top_1_metrics(targets, probs, weights) -> dict[str, np.ndarray]:
+    """accuracy and balanced_accuracy (mean recall of the classes there are) of naming the most probable class: (B,).
+
+    targets: (n, K), of each row one is 1; probs: (n, K), equal ones share the vote; weights: (n, B).
+    """
+    is_class, best = np.asarray(targets) == 1, probs == np.max(probs, 1, keepdims=True)
+    hit = (is_class & best).sum(1) / best.sum(1)
+    n = is_class.T.astype(float) @ weights  # (K, B)
+    recalls = (is_class.T * hit) @ weights / np.maximum(n, 1)
+    return {"accuracy": hit @ weights / n.sum(0), "balanced_accuracy": recalls.sum(0) / (n > 0).sum(0)}
+
+
+def class_metrics(counts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Of confusion counts (B, K, K) or (B, K, K + 1), rows are the truth; a last column more is "no class", an error.
+
+    -> {accuracy, precision, recall, f1_macro, f1_weighted}: (B,), and by class {precision, recall, f1}: (B, K), NaN for
+    a class neither there nor predicted, where 0 / 0 = 0 for the others. Means are over the classes that are not NaN,
+    f1_weighted by how many cases there are, as in scikit-learn.
+    """
+    counts = np.asarray(counts, np.float64)
+    there, named = counts.sum(2), counts.sum(1)[:, : counts.shape[1]]
+    hit = np.diagonal(counts, axis1=1, axis2=2)
+    found = {"precision": _ratio(hit, named, 0.0), "recall": _ratio(hit, there, 0.0)}
+    found["f1"] = _ratio(2 * hit, there + named)
+    found = {name: np.where(there + named > 0, values, np.nan) for name, values in found.items()}
+    means = {"accuracy": _ratio(hit.sum(1), there.sum(1))}
+    means |= {name: mean_defined(found[name]) for name in ("precision", "recall")}
+    means |= {"f1_macro": mean_defined(found["f1"])}
+    means |= {"f1_weighted": _ratio(np.nansum(there * found["f1"], 1), there.sum(1))}
+    return means, found
+
+
+def mean_defined(values, axis=-1) -> np.ndarray:
+    """Mean over an axis of what is not NaN; NaN where nothing is."""
+    values = np.asarray(values, np.float64)
+    return _ratio(np.nansum(values, axis), (~np.isnan(values)).sum(axis))
+
+
+# Ordinal scores.
+
+
+def confusion_counts(truth, predicted, n_classes: int, weights=None) -> np.ndarray:
+    """Counts of (true class, predicted class) for each column of the weights: (B, K, K) float64, rows are the truth.
+
+    truth, predicted: (n,) int; an entry where one of them is not in 0..K-1 is left out. weights: (n, B); None: B = 1.
+    """
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    inside = (truth >= 0) & (truth < n_classes) & (predicted >= 0) & (predicted < n_classes)
+    weights = np.ones((len(truth), 1)) if weights is None else np.asarray(weights, np.float64)
+    cells = truth[inside] * n_classes + predicted[inside]
+    hit = (np.arange(n_classes**2)[:, None] == cells).astype(np.float64)  # (K * K, m)
+    return (hit @ weights[inside]).T.reshape(-1, n_classes, n_classes)
+
+
+def quadratic_kappa(counts) -> np.ndarray:
+    """Cohen's kappa with quadratic weights (Cohen 1968) of confusion counts: (..., K, K) -> (...).
+
+    1 - observed / expected squared distance. NaN without a case, and where truth and prediction are of one class.
+    """
+    counts = np.asarray(counts, np.float64)
+    classes = np.arange(counts.shape[-1])
+    distance = (classes[:, None] - classes) ** 2.0
+    by_chance = counts.sum(-1)[..., :, None] * counts.sum(-2)[..., None, :]  # times the number of cases
+    observed, expected = ((x * distance).sum((-2, -1)) for x in (counts, by_chance))
+    return 1 - _ratio(observed * counts.sum((-2, -1)), expected)
+
+
+def ordinal_metrics(counts) -> dict[str, np.ndarray]:
+    """Of confusion counts (B, K, K): qwk, mae_class (mean distance), exact, off_2 (shares 0, and 2 or more apart)."""
+    counts, classes = np.asarray(counts, np.float64), np.arange(np.shape(counts)[-1])
+    apart = abs(classes[:, None] - classes)
+    weights = {"mae_class": apart, "exact": apart == 0, "off_2": apart >= 2}
+    shares = {name: _ratio((counts * weight).sum((1, 2)), counts.sum((1, 2))) for name, weight in weights.items()}
+    return {"qwk": quadratic_kappa(counts)} | shares
+
+
+def agreement(a, b, weights=None) -> dict[str, np.ndarray]:
+    """How far two scores of the same cases agree, for each column of the weights: {name: (B,) float64}.
+
+    a, b: (n,); a case with NaN in one of them is left out. weights: (n, B), how often each case counts; None: B = 1.
+    n, mean_a, mean_b, mae, rmse, pearson; icc: ICC(2,1), two-way random effects, absolute agreement, single measure
+    (McGraw and Wong 1996, their ICC(A,1)); bias: mean of a - b, sd: its standard deviation (ddof 1), loa_low and
+    loa_high: bias -/+ 1.96 sd (Bland and Altman 1986). NaN where undefined: fewer than two cases, or no spread.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    both = ~np.isnan(a) & ~np.isnan(b)
+    w = np.ones((len(a), 1)) if weights is None else np.asarray(weights, np.float64)
+    a, b, w = a[both], b[both], w[both]
+    n = w.sum(0)
+
+    def mean(x):
+        return _ratio(x @ w, n)
+
+    def covariance(x, y):
+        x, y = x - x[:1], y - y[:1]  # a constant becomes exactly 0, and sums of squares lose few digits
+        sums = (x * y) @ w
+        about_mean = sums - _ratio((x @ w) * (y @ w), n)
+        return _ratio(np.where(abs(about_mean) < 1e-12 * abs(sums), 0, about_mean), np.maximum(n - 1, 0))
+
+    var_a, var_b, both, var_gap = covariance(a, a), covariance(b, b), covariance(a, b), covariance(a - b, a - b)
+    bias, sd = mean(a - b), np.sqrt(var_gap)
+    found = {"n": n, "mean_a": mean(a), "mean_b": mean(b), "mae": mean(abs(a - b)), "rmse": np.sqrt(mean((a - b) ** 2))}
+    found["pearson"] = _ratio(both, np.sqrt(var_a * var_b))
+    # mean squares of two raters: rows - error = 2 cov, rows + error = var_a + var_b, (columns - error) / n as below
+    found["icc"] = _ratio(2 * both, var_a + var_b + bias**2 - _ratio(var_gap, n))
+    return found | {"bias": bias, "sd": sd, "loa_low": bias - 1.96 * sd, "loa_high": bias + 1.96 * sd}
 
 
 # Retrieval. Features are L2-normalised, a score is their cosine. Scores within SAME_SCORE, the noise of float32, are
@@ -1411,10 +1590,15 @@ def prediction_table(ids, probs, class_names, thresholds) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV as text, one row a line; empty cells are ''. Raises UserError if it is missing, empty or not a CSV."""
+def read_table(path: Path, separators: str = ",") -> pd.DataFrame:
+    """A CSV as text, one row a line; empty cells are ''. Of several separators, the one its first line has most often.
+
+    Raises UserError if it is missing, empty or not a CSV.
+    """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            separator = max(separators, key=file.readline(100_000).count)
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file") from e
     except (OSError, ValueError, pd.errors.ParserError) as e:  # UnicodeDecodeError and EmptyDataError are ValueErrors
@@ -2345,6 +2529,7 @@ class RunLog:
             config = {k: v for k, v in vars(args).items() if isinstance(v, (bool, int, float)) or k in WANDB_CHOICES}
             run = wandb.init(
                 project=args.wandb_project or os.environ.get("WANDB_PROJECT") or default_project,
+                entity=getattr(args, "wandb_entity", None),
                 config=config,
                 mode=mode or "online",
                 id=hashlib.sha256(str(args.output_dir.resolve()).encode()).hexdigest()[:12],  # a resumed run goes on
@@ -2497,8 +2682,8 @@ def _read_config(path: Path) -> list[tuple[str, object]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".ini":
-            ini = configparser.ConfigParser(interpolation=None)
-            ini.read_string(text)
+            ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
+            ini.read_string(f"[keys before any section]\n{text}")
             return [(k, v) for section in ini.sections() for k, v in ini[section].items()]
         tree = yaml.safe_load(text) or {}
     except OSError as e:
@@ -2556,7 +2741,7 @@ def data_loader(dataset, batches, args, ctx: Context) -> DataLoader:
         worker_init_fn=outlive_signals,
         timeout=60 * args.timeout_minutes if args.num_workers else 0,
         collate_fn=getattr(dataset, "collate", None),
-        pin_memory=ctx.device.type == "cuda",
+        pin_memory=ctx.device.type == "cuda" and getattr(args, "pin_memory", True),
     )
 
 

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     onoff = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--csv", type=Path, help="table of volumes, splits and labels")
+    add("--csv", type=Path, help="table of cases, splits and labels")
     add("--label-columns", nargs="+", default=CT_RATE_LABELS, metavar="NAME", help="columns to predict")
     add("--data-root", type=Path, help="folder img_path may not leave (the CSV's)")
     add("--layout", choices=["CDHW", "CHWD"], default="CDHW", help="axes of npz volumes (CHWD: depth last)")

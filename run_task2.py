@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--windows", nargs="+", metavar="W", help=f"{', '.join(common.WINDOWS)} or centre,width in HU, one a channel")
     add("--augment", action=onoff, default=True, help="augment training images")
     add("--rotation", type=float, default=10.0, help="largest turn in degrees")
-    add("--flip-prob", type=float, default=0.5, help="share of slices mirrored left to right")
+    add("--flip-prob", type=float, default=0.5, help="share of images mirrored left to right")
     add("--shift", type=float, default=0.05, help="largest shift as a share of the side")
     add("--zoom", type=float, default=0.05, help="largest change of scale")
     add("--jitter", type=float, default=0.1, help="largest change of brightness and of contrast")

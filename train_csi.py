@@ -28,6 +28,7 @@ Writes   below --output-dir: models/ (best_model.pth, last_model.pth, checkpoint
 
 import argparse
 import collections
+import hashlib
 import importlib.util
 import json
 import logging
@@ -37,7 +38,6 @@ import platform
 import re
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -49,7 +49,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,6 +73,7 @@ FIXED_ARGS += ["weight_decay", "use_ema"]
 ZONES = ("right_sup", "left_sup", "right_mid", "left_mid", "right_inf", "left_inf")  # the patient's right is image left
 CLASSES = ("Normal", "Mild", "Moderate", "Severe", "Unknown")
 UNKNOWN = 4  # as a class; in the CSV an empty cell
+EMPTY = ("", "nan", "na")  # cells of a CSV, in any case
 AHF_LIMITS = (1.3, 2.2)  # mean score up to which acute heart failure is of low and of medium likelihood
 MODELS = {"resnet50": "ResNet50", "chexnet": "CheXNet", "raddino": "RadDINO", "custom_1": "Custom_1"}
 MODELS |= {"densenet121": "CheXNet", "custom1": "Custom_1", "rad-dino": "RadDINO"}  # other spellings
@@ -125,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     onoff = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--csv", type=Path, default=Path("data/Labeled_Data_RAW.csv"), help="table of the cases")
+    add("--csv", type=Path, default=Path("data/Labeled_Data_RAW.csv"), help="table of cases, splits and labels")
     add("--image-dir", type=Path, default=Path("data/images"), help="folder of the films")
     add("--image-column", metavar="NAME", help="column of the film's path, from --image-dir or the CSV (FileID + "
         "suffix, in --image-dir)")  # fmt: skip
@@ -143,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load-to-memory", action=onoff, default=False, help="read every film once, before the training")
     add("--augment", action=onoff, default=True, help="augment training images")
     add("--rotation", type=float, default=10.0, help="largest turn in degrees")
-    add("--flip-prob", type=float, default=0.5, help="share of films mirrored, left and right scores with them")
+    add("--flip-prob", type=float, default=0.5, help="share of images mirrored left to right")
     add("--shift", type=float, default=0.05, help="largest shift as a share of the side")
     add("--zoom", type=float, default=0.1, help="largest change of scale")
     add("--jitter", type=float, default=0.2, help="largest change of brightness and of contrast")
@@ -177,7 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="samples per process and micro-step")
     add("--accum-steps", "--gradient-accumulation-steps", type=int, default=1, help="micro-steps per step")
     add("--lr", "--learning-rate", type=float, default=1e-3, help="peak learning rate")
-    add("--optimizer", choices=["adam", "adamw", "sgd"], default="adam", help="optimizer (sgd: momentum 0.9)")
+    add("--optimizer", type=str.lower, choices=["adam", "adamw", "sgd"], default="adam", help="optimizer (sgd: "
+        "momentum 0.9)")  # fmt: skip
     add("--weight-decay", type=float, default=1e-4, help="decay of matrices (not norms, biases, positions)")
     add("--scheduler", type=scheduler_name, default="plateau", help="learning rate after warm-up")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
@@ -212,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("evaluation").add_argument
     metrics = ["val_loss", "qwk", "f1_macro", "f1_weighted", "csi_correlation"]
-    add("--monitor", choices=metrics, help=f"what best means ({MONITOR}; of a search qwk)")
+    add("--monitor", choices=metrics, help="what best means")
     add("--eval-batch-size", type=int, default=0, help="samples per evaluation batch (--batch-size)")
     add("--eval-every", type=int, default=0, help="steps between evaluations (0: an epoch)")
     add("--split", default="val", help="split that is scored")
@@ -276,6 +278,7 @@ DOCUMENTED = {"batch_size": (8, 128), "lr": (1e-4, 1e-2), "epochs": (10, 500), "
 
 def parse_args(argv=None) -> Config:
     args = Config(**vars(common.parse_with_config(build_parser(), argv)))
+    args.pretrained = args.pretrained or ("none" if args.model == "Custom_1" else "true")
     args.image_size = args.image_size or (518 if args.model == "RadDINO" else 224)
     args.monitor = args.monitor or ("qwk" if args.mode in ("hyperopt", "sweep") else MONITOR)
     args.masked, args.mean, args.std = args.mask_dir is not None, None, None  # the last two as the weights are
@@ -344,11 +347,13 @@ class ChestFilms(Dataset):
 
     def __init__(self, args, split: str, train: bool):
         self.args, self.train, self.class_names, self.memory = args, train, list(ZONES), None
-        table = split_films(read_scores(args.csv, args), args)
-        chosen = np.ones(len(table), bool) if split == "all" else (table["split"] == split).to_numpy()
-        if not chosen.any():
-            raise UserError(f"{args.csv}: no film in split '{split}' (it has {', '.join(sorted(set(table['split'])))})")
-        table = table[chosen]
+        table = read_scores(args.csv, args)
+        if split != "all":
+            table = split_films(table, args)
+            there = sorted(set(table["split"]) - {""})
+            if split not in there:
+                raise UserError(f"{args.csv}: no film in split '{split}' (it has {', '.join(there) or 'none'})")
+            table = table[table["split"] == split]
         self.ids, self.groups, self.views = (table[name].tolist() for name in ("FileID", "patient", "view"))
         self.targets = table[list(ZONES)].to_numpy(np.int64)  # (n, 6)
         self.csi = table["csi"].to_numpy(np.float64)  # NaN where the CSV has none
@@ -367,10 +372,10 @@ class ChestFilms(Dataset):
         unknown = 1 - known.size / self.targets.size
         return f"{self.ids[0]}, {len(set(self.groups))} patients, scores {found}, unknown {unknown:.0%}"
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, index: int, film: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """-> film (S, S) uint16, its grey levels as 0-65535, and zones (S, S) uint8 or None. Raises UserError."""
         a = self.args
-        film = read_film(self.paths[index])
+        film = read_film(self.paths[index]) if film is None else film
         levels = fitted(grey_levels(film, a.clip_percent, self.paths[index]), a, Image.Resampling.BILINEAR)
         zones = read_zones(a.mask_dir, self.ids[index], film.shape, a) if a.mask_dir else None
         return np.rint(levels.clip(0, 1) * 65535).astype(np.uint16), zones
@@ -423,9 +428,14 @@ def read_scores(path: Path, args) -> pd.DataFrame:
     diagnosis (0, 1, NaN), {zone}_reader2, --image-column. Raises UserError with the row."""
     table = common.read_table(path, ";,\t")
     table.columns = table.columns.str.strip()
-    common.need_columns(table, ["FileID", *args.label_columns], path)
-    ids = table["FileID"].str.strip()
-    ids = ids.str.replace(r"^(\d+)\.0+$", r"\1", regex=True)  # a spreadsheet's 12.0 is film 12
+    names = ["FileID", *args.label_columns]
+    common.need_columns(table, names, path)
+    twice = [name for name in names if (table.columns == name).sum() > 1 or f"{name}.1" in table.columns]
+    if twice:
+        raise UserError(f"{path}: column '{twice[0]}' is there twice")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first column for names of the rows
+        raise UserError(f"{path}: the rows have more columns than the first line has names")
+    ids = identifiers(table["FileID"])
     for bad, what in ((ids == "", "has no FileID"), (ids.duplicated(), "has a FileID that came before")):
         if bad.any():
             raise UserError(f"{path}: row {bad.idxmax() + 2} {what} ({ids[bad.idxmax()] or 'empty'})")
@@ -438,13 +448,12 @@ def read_scores(path: Path, args) -> pd.DataFrame:
     names = [args.patient_column] if args.patient_column else ["patient", "patient_id"]
     if args.patient_column:
         common.need_columns(table, names, path)
-    patient = next((table[name].str.strip() for name in names if name in table), ids)
-    out["patient"] = patient.where(patient != "", ids)
+    patient = next((identifiers(table[name]) for name in names if name in table), ids)
+    out["patient"] = patient.mask(patient.str.lower().isin(EMPTY), ids)
     out["view"] = table["view"].str.strip() if "view" in table else ""
-    numbers = {name: pd.to_numeric(table[name].str.strip().str.replace(",", "."), errors="coerce")
-               for name in ("csi", "diagnosis") if name in table}  # fmt: skip
-    out["csi"] = numbers.get("csi", math.nan)
-    if "diagnosis" in numbers:
+    means = table["csi"].str.strip().str.replace(",", ".") if "csi" in table else math.nan
+    out["csi"] = pd.to_numeric(means, errors="coerce")
+    if "diagnosis" in table:
         out["diagnosis"] = common.label_array(table, ["diagnosis"], path)[:, 0]
     for name in {"split", args.image_column} & set(table.columns):
         out[name] = table[name].str.strip()
@@ -453,11 +462,16 @@ def read_scores(path: Path, args) -> pd.DataFrame:
     return out
 
 
+def identifiers(cells: pd.Series) -> pd.Series:
+    """Names of films or patients; a spreadsheet's 12.0 is 12."""
+    return cells.str.strip().str.replace(r"^(\d+)[.,]0+$", r"\1", regex=True)
+
+
 def scores(cells: pd.Series, path: Path) -> pd.Series:
     """Text of a column -> 0 to 3, UNKNOWN where empty; anything else is an error."""
     text = cells.str.strip()
-    empty = text.str.lower().isin(["", "nan", "na"])
-    values = pd.to_numeric(text.mask(empty), errors="coerce")
+    empty = text.str.lower().isin(EMPTY)
+    values = pd.to_numeric(text.mask(empty).str.replace(",", "."), errors="coerce")
     bad = ~empty & ~values.isin([0, 1, 2, 3])
     if bad.any():
         row = bad.idxmax()
@@ -469,33 +483,40 @@ def scores(cells: pd.Series, path: Path) -> pd.Series:
 def split_films(table: pd.DataFrame, args) -> pd.DataFrame:
     """The table with a column split: of the CSV, of --split-file, or a new split, which is written there.
 
-    No patient is in two parts; parts are alike in their mean scores. A film that is not in the file is an error.
+    No patient is in two parts; parts are alike in their mean scores. A film that is not in the file is an error; one
+    whose cell is empty is in no part.
     """
-    if "split" in table and args.split_file is None:
-        out = table.assign(split=table["split"].str.lower().replace({"valid": "val", "validation": "val"}))
-        parts = out[out["split"] != ""].groupby("patient")["split"].nunique()
-        if (parts > 1).any():
-            raise UserError(f"{args.csv}: patient {parts.idxmax()} is in several splits ({(parts > 1).sum()} are)")
-        return out
-    path = args.split_file or args.output_dir / "split.csv"
-    if args.split == "all" and not path.exists():
-        return table.assign(split="all")
-    if not path.exists():
+    source = path = split_path(table, args)
+    if path is None:
+        source, split = args.csv, table["split"]
+    elif not path.exists():
         made = table.assign(split=new_split(table, args.split_share, args.seed))
         if int(os.environ.get("RANK", 0)) == 0:
             common.make_folder(path.parent)
             common.write_csv(path, made[["FileID", "patient", "split"]])
         return made
-    kept = common.read_table(path)
-    common.need_columns(kept, ["FileID", "split"], path)
-    split = table["FileID"].map(dict(zip(kept["FileID"], kept["split"], strict=True)))
-    if split.isna().any():
-        raise UserError(f"{path}: has no row for {split.isna().sum()} films of {args.csv}, first "
-                        f"{table['FileID'][split.isna().idxmax()]} (delete it to split anew, or add them)")  # fmt: skip
-    parts = table.assign(split=split).groupby("patient")["split"].nunique()
+    else:
+        kept = common.read_table(path, ",;\t")
+        common.need_columns(kept, ["FileID", "split"], path)
+        films = identifiers(kept["FileID"])
+        if films.duplicated().any():
+            raise UserError(f"{path}: film {films[films.duplicated().idxmax()]} is there twice")
+        of = dict(zip(films, kept["split"], strict=True))
+        split = table["FileID"].map(lambda film: of.get(film, of.get(common.safe_cell(film))))  # as write_csv has it
+        if split.isna().any():
+            first = table["FileID"][split.isna().idxmax()]
+            raise UserError(f"{path}: has no row for {split.isna().sum()} films of {args.csv}, first {first} (add "
+                            "them, or delete it to split anew)")  # fmt: skip
+    split = split.str.strip().str.lower().replace({"valid": "val", "validation": "val", "training": "train"})
+    parts = split[split != ""].groupby(table["patient"]).nunique()
     if (parts > 1).any():
-        raise UserError(f"{path}: patient {parts.idxmax()} is in several splits ({(parts > 1).sum()} are)")
+        raise UserError(f"{source}: patient {parts.idxmax()} is in several splits ({(parts > 1).sum()} are)")
     return table.assign(split=split)
+
+
+def split_path(table: pd.DataFrame, args) -> Path | None:
+    """The file that says which film is in which part; None if the CSV does."""
+    return None if "split" in table and args.split_file is None else args.split_file or args.output_dir / "split.csv"
 
 
 def new_split(table: pd.DataFrame, shares, seed: int) -> pd.Series:
@@ -503,8 +524,9 @@ def new_split(table: pd.DataFrame, shares, seed: int) -> pd.Series:
     to the part that lacks most films."""
     mean = pd.Series(true_csi(table[list(ZONES)].to_numpy()), table.index).groupby(table["patient"]).mean()
     films = table["patient"].value_counts()
-    luck = {name: zlib.crc32(f"{seed} {name}".encode()) for name in films.index}
-    order = sorted(films.index, key=lambda name: (round(2 * mean[name]) if mean[name] >= 0 else -1, luck[name]))
+    luck = {name: hashlib.sha256(f"{seed} {name}".encode()).digest() for name in films.index}
+    halves = (2 * mean.round(6)).round().fillna(-1)  # 6 digits: a sum's last ones depend on the order of the rows
+    order = sorted(films.index, key=lambda name: (halves[name], luck[name]))
     names, have, part = ("train", "val", "test"), np.zeros(3), {}
     for name in order:
         lacking = int(np.argmax(np.array(shares) * (have.sum() + films[name]) - have))
@@ -516,11 +538,13 @@ def find_films(args, table: pd.DataFrame) -> list[Path]:
     """The file of every film; UserError if one is missing, if two would fit, or if a path leads out of its folder."""
     root, found = args.image_dir, {}
     if args.image_column:
+        folders = [Path(os.path.abspath(folder)) for folder in (root, args.csv.parent)]
         for film, text in zip(table["FileID"], table[args.image_column], strict=True):
-            near = [folder / text for folder in (root, args.csv.parent) if (folder / text).is_file()]
-            if near and not any(near[0].resolve().is_relative_to(f.resolve()) for f in (root, args.csv.parent)):
-                raise UserError(f"{args.csv}: film {film}: {text} leads out of {root}")
-            found[film] = near[:1]
+            near = [Path(os.path.normpath(f / text)) for f in (root, args.csv.parent) if os.path.isfile(f / text)][:1]
+            # A link in the folder is its owner's will and is followed; a path in a table is not.
+            if near and not any(Path(os.path.abspath(near[0])).is_relative_to(folder) for folder in folders):
+                raise UserError(f"{args.csv}: film {film}: {text} leads out of {root} (--image-dir)")
+            found[film] = near
     else:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder (--image-dir)")
@@ -534,16 +558,22 @@ def find_films(args, table: pd.DataFrame) -> list[Path]:
         raise UserError(f"{several[0][0]}: there is {several[0][1].name} too (--image-column says which film is meant)")
     missing = [film for film, path in zip(table["FileID"], paths, strict=True) if not path]
     if missing and (args.on_bad_sample == "fail" or len(missing) == len(paths)):
+        how = f"in column '{args.image_column}'" if args.image_column else f"for FileID with {' '.join(SUFFIXES)}"
         raise UserError(f"{root}: no film for {len(missing)} of {len(paths)} rows of {args.csv}, first "
-                        f"{', '.join(missing[:3])} (looked for FileID with {' '.join(SUFFIXES)})")  # fmt: skip
-    return [path[0] if path else root / film for film, path in zip(table["FileID"], paths, strict=True)]
+                        f"{', '.join(missing[:3])} (looked {how})")  # fmt: skip
+    masks = {film: mask_files(args.mask_dir, film) for film in table["FileID"]} if args.mask_dir else {}
+    without = [film for film, files in masks.items() if not all(map(os.path.isfile, files))]
+    if without and (args.on_bad_sample == "fail" or len(without) == len(masks)):
+        raise UserError(f"{args.mask_dir}: no two lung masks for {len(without)} of {len(masks)} films, first "
+                        f"{masks[without[0]][0].name} and {masks[without[0]][1].name}")  # fmt: skip
+    return [path[0] if path else root / f"{film}.*" for film, path in zip(table["FileID"], paths, strict=True)]
 
 
 def read_film(path: Path) -> np.ndarray:
-    """(H, W) float32 grey levels as stored, 8 or 16 bits, upright; bright is dense. Raises UserError.
+    """(H, W) float32 grey levels as stored, 8 or 16 bits (of colour: 8), upright; bright is dense. Raises UserError.
 
-    PNG and JPEG; 2-D NIfTI, turned as the original tool turns it (np.rot90 by -1); DICOM (needs pydicom), rescaled,
-    MONOCHROME1 inverted.
+    PNG and JPEG, turned as their EXIF entry says and every viewer does; 2-D NIfTI, turned as the original tool turns it
+    (np.rot90 by -1); DICOM (needs pydicom), rescaled, MONOCHROME1 inverted, its display window not applied.
     """
     name = path.name.lower()
     try:
@@ -556,13 +586,14 @@ def read_film(path: Path) -> np.ndarray:
         else:
             with Image.open(path, formats=["PNG", "JPEG"]) as image:
                 check_size(path, image.height, image.width)
+                ImageOps.exif_transpose(image, in_place=True)
                 if not image.mode.startswith(("L", "I", "F")) or image.mode == "LA":
                     image = image.convert("L")
                 film = np.asarray(image, np.float32)
     except UserError:
         raise
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such film") from e
+        raise UserError(f"{path}: no such file") from e
     except Exception as e:  # three libraries, and what they raise at damaged files
         raise UserError(f"{path}: damaged or not what its name says: {' '.join(str(e).split())[:200]}") from e
     if not np.isfinite(film).all():
@@ -582,20 +613,31 @@ def read_dicom(path: Path) -> np.ndarray:
     except ImportError as e:
         raise UserError(f"{path}: DICOM needs pydicom (pip install pydicom)") from e
     data = pydicom.dcmread(path)
-    if "PixelData" not in data or data.get("SamplesPerPixel", 1) != 1 or int(data.get("NumberOfFrames") or 1) != 1:
+    kind = data.get("PhotometricInterpretation")
+    grey = "PixelData" in data and kind in ("MONOCHROME1", "MONOCHROME2") and data.get("SamplesPerPixel", 1) == 1
+    if not grey or int(data.get("NumberOfFrames") or 1) != 1:
         raise UserError(f"{path}: not one grey image (colour, several frames, or no pixels at all)")
     check_size(path, data.Rows, data.Columns)
-    film = np.asarray(apply_modality_lut(data.pixel_array, data), np.float32)
-    return film.max() + film.min() - film if data.PhotometricInterpretation == "MONOCHROME1" else film
+    try:
+        film = np.asarray(apply_modality_lut(data.pixel_array, data), np.float32)
+    except RuntimeError as e:
+        if "missing dependencies" not in str(e):
+            raise
+        name = data.file_meta.TransferSyntaxUID.name
+        raise UserError(f"{path}: no decoder of {name} is installed (pip install 'pylibjpeg[all]')") from e
+    return film.max() + film.min() - film if kind == "MONOCHROME1" else film
 
 
 def grey_levels(film: np.ndarray, clip_percent: float, path) -> np.ndarray:
     """(H, W) -> the same from 0 to 1, linear between two percentiles: bit depth and exposure do not count."""
-    step = max(1, math.isqrt(film.size // 250_000))  # a quarter of a million pixels tell the percentiles
+    # A quarter of a million pixels tell the percentiles, but not the extremes.
+    step = max(1, math.isqrt(film.size // 250_000)) if clip_percent else 1
     low, high = np.percentile(film[::step, ::step], (clip_percent, 100 - clip_percent))
     if not high > low:
         raise UserError(f"{path}: the film is of one grey level")
-    return ((film - low) / np.float32(high - low)).clip(0, 1).astype(np.float32)
+    levels = film - np.float32(low)
+    levels /= np.float32(high - low)
+    return np.clip(levels, 0, 1, out=levels)
 
 
 def fitted(image: np.ndarray, args, how) -> np.ndarray:
@@ -616,10 +658,9 @@ def read_zones(folder: Path, film: str, shape, args) -> np.ndarray:
     may be named by the side of the image. Raises UserError.
     """
     masks = []
-    for side in ("left", "right"):
-        path = folder / f"{film}_{side}_lung_mask.png"
+    for path in mask_files(folder, film):
         mask = read_film(path)
-        if abs(mask.shape[0] * shape[1] - mask.shape[1] * shape[0]) > 0.02 * shape[0] * shape[1]:
+        if abs(mask.shape[0] * shape[1] / (mask.shape[1] * shape[0]) - 1) > 0.02:
             raise UserError(f"{path}: {mask.shape} pixels do not fit the film's {tuple(shape)}")
         mask = fitted((mask > mask.max() / 2).astype(np.uint8), args, Image.Resampling.NEAREST) > 0
         if mask.sum(1).astype(bool).sum() < 3:
@@ -631,7 +672,14 @@ def read_zones(folder: Path, film: str, shape, args) -> np.ndarray:
         rows = np.flatnonzero(mask.any(1))
         third = (np.arange(len(mask)) - rows[0]) * 3 // (rows[-1] - rows[0] + 1)  # 0, 1, 2 within the lung
         zones[mask] = (1 + 2 * third.clip(0, 2) + column)[:, None].repeat(mask.shape[1], 1)[mask]
+    empty = np.flatnonzero(np.bincount(zones.ravel(), minlength=7)[1:] == 0)
+    if len(empty):
+        raise UserError(f"{path}: with the other lung's mask it leaves no pixel for {ZONES[empty[0]]}")
     return zones
+
+
+def mask_files(folder: Path, film: str) -> list[Path]:
+    return [folder / f"{film}_{side}_lung_mask.png" for side in ("left", "right")]
 
 
 def augmented(image, zones, target, rng, args):
@@ -673,6 +721,9 @@ def build_datasets(args):
 
 
 def build_eval_dataset(args) -> ChestFilms:
+    path = None if args.split == "all" else split_path(read_scores(args.csv, args), args)
+    if path and not path.exists():  # a new one would mix what the model has learned from with what it is judged by
+        raise UserError(f"{path}: the split of the training is not here (--split-file, or --split all for every film)")
     return ChestFilms(args, args.split, False)
 
 
@@ -1786,7 +1837,8 @@ def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dic
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        loss_sum.update(float(loss), float(criterion.count(batch)) if hasattr(criterion, "count") else len(logits))
+        weight = float(criterion.count(batch)) if hasattr(criterion, "count") else len(logits)
+        loss_sum.update(float(loss.detach()), weight)
         graded = batch["target"] != UNKNOWN
         hits = (logits.argmax(-1) == batch["target"])[graded].float()
         right.update(float(hits.mean()) if len(hits) else 0.0, len(hits))
@@ -1934,31 +1986,38 @@ def check_environment(args, ctx) -> None:
 
 def check_films(args) -> int:
     """--mode check: read every film of the CSV; check/films.csv lists them, check/films.png shows some with their
-    scores. Exit code 3 if one could not be read."""
+    scores. Problems: films that cannot be read (exit code 3), that are there twice, whose csi is not the mean of their
+    scores; a split that parts the films of a patient."""
     args.split, args.on_bad_sample, args.augment = "all", "skip", False
-    dataset, folder, rows, tiles, problems = ChestFilms(args, "all", False), args.output_dir / "check", [], [], []
+    table, folder, rows, tiles, problems, seen = read_scores(args.csv, args), args.output_dir / "check", [], [], [], {}
+    dataset, path = ChestFilms(args, "all", False), split_path(table, args)
     common.make_folder(folder)
-    for i in tqdm(range(len(dataset)), desc="films", disable=None):
-        row = {"FileID": dataset.ids[i], "patient": dataset.groups[i], "file": str(dataset.paths[i])}
+    if path is None or path.exists():
         try:
-            film = read_film(dataset.paths[i])
-            level, zones = dataset.read(i)
-            row |= {"height": film.shape[0], "width": film.shape[1], "lowest": film.min(), "highest": film.max()}
-            row |= {"levels": len(np.unique(film)), "mean": level.mean() / 65535, "std": level.std() / 65535}
-            if len(tiles) < 24 and i % max(1, len(dataset) // 24) == 0:
-                tiles.append(film_tile((level >> 8).astype(np.uint8), zones, dataset.ids[i], dataset.targets[i]))
-            mean = true_csi(dataset.targets[i : i + 1])[0]
-            if abs(dataset.csi[i] - mean) > 0.05:
-                problems.append(f"{dataset.ids[i]}: csi is {dataset.csi[i]:g}, the mean of its zones {mean:.2f}")
+            split_films(table, args)
         except UserError as e:
-            problems.append(row.setdefault("error", str(e)))
-        rows.append(row)
+            problems.append(str(e))
+    with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
+        found = pool.map(lambda i: film_numbers(dataset, i), range(len(dataset)))
+        for i, (row, level, zones) in enumerate(tqdm(found, desc="films", total=len(dataset), disable=None)):
+            rows.append(row)
+            if level is None:
+                problems.append(row["error"])
+                continue
+            name, scores = dataset.ids[i], dataset.targets[i]
+            if len(tiles) < 24 and i % max(1, len(dataset) // 24) == 0:
+                tiles.append(film_tile((level >> 8).astype(np.uint8), zones, name, scores))
+            twin, mean = seen.setdefault(hashlib.sha256(level).digest(), name), true_csi(scores[None])[0]
+            if twin != name:
+                problems.append(f"{name}: the same film as {twin}")
+            if abs(dataset.csi[i] - mean) > 0.05:
+                problems.append(f"{name}: csi is {dataset.csi[i]:g}, the mean of its zones {mean:.2f}")
     common.write_csv(folder / "films.csv", pd.DataFrame(rows))
     if tiles:
-        side = tiles[0].width
-        sheet = Image.new("RGB", (6 * side, -(-len(tiles) // 6) * side))
+        width, height = tiles[0].width + 4, tiles[0].height + 4
+        sheet = Image.new("RGB", (min(6, len(tiles)) * width, -(-len(tiles) // 6) * height))
         for n, tile in enumerate(tiles):
-            sheet.paste(tile, (n % 6 * side, n // 6 * side))
+            sheet.paste(tile, (n % 6 * width, n // 6 * height))
         common.write_atomic(folder / "films.png", lambda file: sheet.save(file, "PNG"))
     print(f"{len(dataset)} films; {dataset.notes()}")
     for zone, column in zip(ZONES, dataset.targets.T, strict=True):
@@ -1971,21 +2030,39 @@ def check_films(args) -> int:
     return 3 if failed else 0
 
 
+def film_numbers(dataset: ChestFilms, index: int) -> tuple[dict, np.ndarray | None, np.ndarray | None]:
+    """-> row of films.csv; film and zones of `ChestFilms.read`, None if it cannot be read."""
+    row = {"FileID": dataset.ids[index], "patient": dataset.groups[index], "file": str(dataset.paths[index])}
+    try:
+        film = read_film(dataset.paths[index])
+        level, zones = dataset.read(index, film)
+    except UserError as e:
+        return row | {"error": str(e)}, None, None
+    row |= {"height": film.shape[0], "width": film.shape[1], "lowest": film.min(), "highest": film.max()}
+    row |= {"levels": len(np.unique(film)), "mean": level.mean() / 65535, "std": level.std() / 65535}
+    return row, level, zones
+
+
 def film_tile(film: np.ndarray, zones, name: str, target) -> Image.Image:
-    """(240, 240) picture of a film with the borders of its zones, its name, and a score in each zone."""
-    side = 240
-    tile = Image.fromarray(film).resize((side, side)).convert("RGB")
-    draw = ImageDraw.Draw(tile)
-    for i, score in enumerate(target):
-        x, y = side * (1 + 2 * (i % 2)) // 4, side * (1 + 2 * (i // 2)) // 6
-        if zones is not None and (zones == i + 1).any():
-            y, x = (int(v.mean() * side / len(zones)) for v in np.nonzero(zones == i + 1))
-        draw.text((x, y), "?" if score == UNKNOWN else str(score), fill=(255, 200, 0), font_size=22, anchor="mm")
+    """(H, W) uint8 -> picture of a film with the borders of its zones and a score in each; above it the sides of the
+    patient, as they are for the model, and the name."""
+    side, head = 240, 18
     if zones is None:
-        for y in (side // 3, 2 * side // 3):
-            draw.line([(0, y), (side, y)], fill=(90, 90, 0))
-        draw.line([(side // 2, 0), (side // 2, side)], fill=(90, 90, 0))
-    draw.text((4, 4), name[:30], fill=(0, 220, 255))
+        zones = (zone_masks(None, torch.zeros(1, 1, side, side))[0].argmax(0) + 1).to(torch.uint8).numpy()
+    middles = [[int(v.mean() * side / len(zones)) for v in np.nonzero(zones == i + 1)] for i in range(len(ZONES))]
+    zones = np.asarray(Image.fromarray(zones).resize((side, side), Image.Resampling.NEAREST))
+    picture = np.array(Image.fromarray(film).resize((side, side)).convert("RGB"))
+    border = (zones != np.roll(zones, 1, 0)) | (zones != np.roll(zones, 1, 1))
+    border[0], border[:, 0] = False, False
+    picture[border] = (130, 130, 0)
+    tile = Image.new("RGB", (side, side + head))
+    tile.paste(Image.fromarray(picture), (0, head))
+    draw = ImageDraw.Draw(tile)
+    for (y, x), score in zip(middles, target, strict=True):
+        draw.text((x, y + head), "?" if score == UNKNOWN else str(score), fill=(255, 200, 0), font_size=22, anchor="mm",
+                  stroke_width=2, stroke_fill=(0, 0, 0))  # fmt: skip
+    for x, text in ((8, "R"), (side // 2, name[:30]), (side - 8, "L")):
+        draw.text((x, head // 2), text, fill=(0, 220, 255), font_size=12, anchor="mm")
     return tile
 
 
