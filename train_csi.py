@@ -347,6 +347,7 @@ class ChestFilms(Dataset):
 
     def __init__(self, args, split: str, train: bool):
         self.args, self.train, self.class_names, self.memory = args, train, list(ZONES), None
+        self.epoch = 0  # of an item that is asked for by its index alone
         table = read_scores(args.csv, args)
         if split != "all":
             table = split_films(table, args)
@@ -400,7 +401,7 @@ class ChestFilms(Dataset):
         return (self.load(index)[0] >> 8).astype(np.uint8)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
         a, source, bad, found = self.args, index, 0, None
         while found is None:
             try:
@@ -588,6 +589,7 @@ def read_film(path: Path) -> np.ndarray:
                 check_size(path, image.height, image.width)
                 ImageOps.exif_transpose(image, in_place=True)
                 if not image.mode.startswith(("L", "I", "F")) or image.mode == "LA":
+                    image.info.pop("transparency", None)  # not a film's, and Pillow warns of it
                     image = image.convert("L")
                 film = np.asarray(image, np.float32)
     except UserError:
@@ -849,19 +851,15 @@ class Custom(nn.Module):
     convolutions take every pixel, for a 32nd, with the same weights.
     """
 
-    recompute = False
+    channels, recompute = (64, 128, 256, 512, 1024), False
 
     def __init__(self, fine: bool):
         super().__init__()
         layers, c_in = [], 3
-        for c_out, kernel, pool in ((64, 7, True), (128, 5, True), (256, 3, False), (512, 3, False), (1024, 3, False)):
-            stride = 1 if fine and c_out > 256 else 2
-            layers += [
-                nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(inplace=True),
-            ]
-            layers += [nn.MaxPool2d(3, 2, 1)] * pool
+        for i, (c_out, kernel) in enumerate(zip(self.channels, (7, 5, 3, 3, 3), strict=True)):
+            conv = nn.Conv2d(c_in, c_out, kernel, 1 if fine and i > 2 else 2, kernel // 2)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(3, 2, 1)] * (i < 2)
             c_in = c_out
         self.features = nn.Sequential(*layers)
         self.apply(init_convolution)
@@ -932,7 +930,7 @@ class Dino(nn.Module):
         return (x[:, 0] if self.cls else x[:, 1:].transpose(1, 2).unflatten(2, (h, w)),)
 
 
-def get_backbone(name: str, zone_focus: str = "none", rectified: bool = True) -> nn.Module:
+def get_backbone(name: str, zone_focus: str = "none") -> nn.Module:
     """An untrained backbone by its name, any case: image (N, 3, h, w) -> tuple of maps, the last (N, D, h', w').
 
     RadDINO gives its class token (N, D), unless zone_focus is "pool"; Custom_1 then gives a finer map.
@@ -941,9 +939,7 @@ def get_backbone(name: str, zone_focus: str = "none", rectified: bool = True) ->
     if name == "ResNet50":
         return ResNet((3, 4, 6, 3))
     if name == "CheXNet":
-        backbone = DenseNet()
-        backbone.rectified = rectified
-        return backbone
+        return DenseNet()
     return Dino(cls=zone_focus != "pool") if name == "RadDINO" else Custom(fine=zone_focus == "pool")
 
 
@@ -970,12 +966,21 @@ class ZoneModel(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.backbone = get_backbone(args.model, args.zone_focus, args.rectified)
+        self.backbone = get_backbone(args.model, args.zone_focus)
         self.backbone.recompute = args.grad_checkpointing
         n_out = (3 if args.loss == "corn" else 4) + (args.num_classes == 5)
         self.head = ZoneHead(WIDTHS[args.model], n_out, args.dropout_rate)
-        for name, value in (("mean", args.mean or [0.5]), ("std", args.std or [0.5])):
-            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.full((1, 1, 1), 0.5), persistent=False)
+        self.adopt_args()
+
+    def adopt_args(self):
+        """Take over what no weight holds: the scale of the pixels, and whether DenseNet ends in a ReLU."""
+        for name in ("mean", "std"):
+            if getattr(self.args, name):
+                value = torch.tensor(getattr(self.args, name), device=self.mean.device)
+                setattr(self, name, value.view(-1, 1, 1))
+        self.backbone.rectified = self.args.rectified
 
     def train(self, mode: bool = True):
         """Frozen parts keep their batch-norm statistics and use no dropout."""
@@ -1131,14 +1136,21 @@ def export_weights(model: ZoneModel) -> dict:
 
 def load_checkpoint(model: nn.Module, path) -> dict:
     """Load the weights of a checkpoint (the averaged ones, if any), or bare weights, into `model` -> the checkpoint, or
-    {"model": ...} of bare weights. Raises UserError."""
+    {"model": ...} of bare weights. The model then scales pixels as the checkpoint's did. Raises UserError."""
     try:
         saved = common.load_checkpoint(path)
     except UserError as e:
         if "not a checkpoint of this toolkit" not in str(e):  # missing, damaged, or refused
             raise
         saved = {"model": model_weights(common.load_weights(str(path)), model.args)[0], "ema": None}
+    for name in ("model", "zone_focus", "loss", "num_classes"):
+        then = saved.get("args", {}).get(name, getattr(model.args, name))
+        if then != getattr(model.args, name):
+            raise UserError(f"{path}: {name} is {then} there and {getattr(model.args, name)} in this model")
     common.apply_weights(model, saved["ema"] or saved["model"], str(path), say=logger.debug)
+    if "args" in saved:
+        vars(model.args).update({name: saved["args"][name] for name in ("mean", "std", "rectified")})
+        model.adopt_args()
     return saved
 
 
@@ -1198,7 +1210,12 @@ class WeightedCSILoss(nn.Module):
 
     def forward(self, predictions, targets):
         weights = self.weights(targets)
-        return (weights * self.each(predictions, targets)).sum() / weights.sum().clamp(min=1e-8)
+        if predictions.shape[-1] == UNKNOWN:
+            weights = weights * (targets != UNKNOWN)
+        return self.mean(self.each(predictions, targets), weights)
+
+    def mean(self, each, weights):
+        return (weights * each).sum() / weights.sum().clamp(min=1e-8)
 
 
 class OrdinalLoss(WeightedCSILoss):
@@ -1211,6 +1228,9 @@ class OrdinalLoss(WeightedCSILoss):
     def __init__(self, kind: str, unknown_weight: float, cdw_alpha: float, gradable: bool):
         super().__init__(unknown_weight)
         self.kind, self.cdw_alpha, self.gradable = kind, cdw_alpha, gradable
+
+    def forward(self, predictions, targets):
+        return self.mean(self.each(predictions, targets), self.weights(targets))
 
     def each(self, logits, targets):
         graded, n_scores = targets != UNKNOWN, 3 if self.kind == "corn" else 4
@@ -1491,11 +1511,13 @@ def compute_f1_metrics(predictions, targets, ignore_index: int | None = UNKNOWN)
 
 
 def compute_precision_recall(predictions, targets, ignore_index: int | None = None) -> dict[str, float]:
-    """precision_ and recall_ of zone_1 ... zone_6, macro (mean of the zones) and overall; arguments as in
-    `compute_f1_metrics`, by default with unknown as a class of its own."""
-    rows, _ = class_ratios(predictions, targets, ignore_index)
+    """precision_ and recall_ of zone_1 ... zone_6 and overall, of each class (zone_1_normal, overall_normal ...), and
+    macro, the mean of the zones; arguments as in `compute_f1_metrics`, by default with unknown as a class."""
+    rows, names = class_ratios(predictions, targets, ignore_index)
     out = {}
     for kind in ("precision", "recall"):
+        for zone, row in zip([*(f"zone_{i}" for i in range(1, 7)), "overall"], rows, strict=True):
+            out |= {f"{kind}_{zone}_{c}": float(v) for c, v in zip(names, row[kind], strict=True)}
         values = [mean_of(row[kind]) for row in rows]
         out |= {f"{kind}_zone_{i}": v for i, v in enumerate(values[:-1], 1)}
         out |= {f"{kind}_macro": mean_of(values[:-1]), f"{kind}_overall": values[-1]}
@@ -1528,8 +1550,9 @@ def compute_csi_average_metrics(predictions, targets, file_ids=None, csv_data=No
         out |= compared(f"csi_{part}", true_csi(predictions[:, columns]), true_csi(targets[:, columns]))
     if file_ids is not None and csv_data is not None:
         csi = pd.to_numeric(csv_data["csi"], errors="coerce")
-        of = dict(zip(csv_data["FileID"].astype(str), csi, strict=True))
-        out |= compared("csi_csv_avg", mean, np.array([of.get(str(i), math.nan) for i in file_ids], float))
+        of = dict(zip(identifiers(csv_data["FileID"].astype(str)), csi, strict=True))
+        truth = identifiers(pd.Series(list(file_ids)).astype(str)).map(of)
+        out |= compared("csi_csv_avg", mean, truth.to_numpy(float))
     return out
 
 
@@ -1780,8 +1803,8 @@ def finish(args, ctx, model, val_set, best, log) -> int:
     if not best.entries:
         raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, saved = best.entries[0], best.memory[best.entries[0]["path"]]
-    if args.restore_best_weights:
-        model.load_state_dict(saved["model"])
+    last = {} if args.restore_best_weights else common.load_checkpoint(args.output_dir / LAST)
+    model.load_state_dict(last["ema"] or last["model"] if last else saved["model"])
     table = split_films(read_scores(args.csv, args), args)
     known = table[table["split"] == "train"][list(ZONES)]
     medians = known.where(known != UNKNOWN).median().fillna(0)
@@ -1791,7 +1814,8 @@ def finish(args, ctx, model, val_set, best, log) -> int:
         common.link_file(args.output_dir / entry["path"], args.output_dir / BEST)
         if args.export:
             common.save_weights(args.export, export_weights(model))
-    log.info(f"best: step {entry['step']}, {args.monitor} {abs(entry['score']):.4f} -> {args.output_dir / BEST}")
+    score = -entry["score"] if args.monitor == "val_loss" else entry["score"]
+    log.info(f"best: step {entry['step']}, {args.monitor} {score:.4f} -> {args.output_dir / BEST}")
     log.close()
     ctx.barrier()
     return 0
@@ -1829,6 +1853,8 @@ def on_device(batch, device) -> dict:
 def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dict[str, float]:
     """One pass over a loader of batches ({"image", "target"} or pairs) -> train_loss, train_accuracy (graded zones)."""
     model.to(device).train()
+    if isinstance(train_loader.dataset, ChestFilms):
+        train_loader.dataset.epoch = epoch  # another augmentation
     loss_sum, right = AverageMeter(), AverageMeter()
     for batch in tqdm(train_loader, desc=f"epoch {epoch}", leave=False, disable=None):
         batch = on_device(batch, device)
@@ -1883,11 +1909,10 @@ def create_scheduler(optimizer, config):
         "constant": (kinds.ConstantLR, (1.0,)),
     }[config.scheduler]
 
-    class Stepped(kind):
-        def step(self, metric=None):  # torch would take a loss for an epoch number
-            super().step()
+    def step(self, metric=None):  # torch would take a loss for an epoch number
+        kind.step(self)
 
-    return Stepped(optimizer, *values)
+    return type(kind.__name__, (kind,), {"step": step})(optimizer, *values)
 
 
 class EarlyStopping:
@@ -1900,13 +1925,9 @@ class EarlyStopping:
     def __init__(
         self, patience: int = 10, min_delta: float = 0.0, restore_best_weights: bool = True, mode: str = "min"
     ):
-        self.patience, self.min_delta, self.restore_best_weights, self.mode = (
-            patience,
-            min_delta,
-            restore_best_weights,
-            mode,
-        )
-        self.best, self.best_weights, self.counter, self.early_stop = None, None, 0, False
+        self.patience, self.min_delta, self.mode = patience, min_delta, mode
+        self.restore_best_weights, self.best_weights = restore_best_weights, None
+        self.best, self.counter, self.early_stop = None, 0, False
 
     def __call__(self, value: float, model: nn.Module | None = None) -> bool:
         first = self.best is None or math.isnan(self.best)
@@ -2071,7 +2092,7 @@ def main(argv=None) -> int:
     common.set_deterministic(args.deterministic)
     if args.mode == "check":
         return check_films(args)
-    if args.mode == "train":
+    if args.mode == "train" and "WANDB_SWEEP_PARAM_PATH" not in os.environ:  # else a sweep agent started it
         with common.process_group(args.device, args.timeout_minutes) as ctx:
             check_environment(args, ctx)
             return train(args, ctx)

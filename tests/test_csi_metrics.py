@@ -163,6 +163,8 @@ def test_f1_precision_recall_equal_scikit_learn(case):
         labels = [c for c in range(4) if c in y or c in p]
         common = {"labels": labels, "zero_division": 0}
         for key, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+            each = [found[f"{key}_zone_{zone + 1}_{csi.CLASSES[c].lower()}"] for c in labels]
+            np.testing.assert_allclose(each, score(y, p, average=None, **common))
             np.testing.assert_allclose(found[f"{key}_zone_{zone + 1}"], score(y, p, average="macro", **common))
         weighted = f1_score(y, p, average="weighted", labels=[0, 1, 2, 3], zero_division=0)
         np.testing.assert_allclose(found[f"f1_weighted_zone_{zone + 1}"], weighted)
@@ -195,7 +197,7 @@ def test_limits_of_the_ahf_classes():
 def test_mean_score_against_the_csv_and_by_side():
     targets = np.array([[0, 3, 0, 3, 0, 3], [1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 0, 4]])
     predicted = np.array([[0, 3, 0, 3, 0, 0], [1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 0]])
-    table = pd.DataFrame({"FileID": ["7", "8", "9"], "csi": ["1.5", "2.0", ""]})
+    table = pd.DataFrame({"FileID": [7.0, 8.0, 9.0], "csi": ["1.5", "2.0", ""]})  # as a spreadsheet gives them
     found = csi.compute_csi_average_metrics(torch.tensor(predicted), torch.tensor(targets), [7, 8, 9], table)
     np.testing.assert_allclose(found["csi_avg_mae"], (0.5 + abs(9 / 5 - 2) + 0) / 3)
     assert found["csi_csv_avg_n"] == 2

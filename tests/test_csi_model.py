@@ -204,7 +204,7 @@ def test_the_originals_own_checkpoint(name, tmp_path):
 def test_raddino_checkpoint_of_the_original_and_of_transformers(tmp_path, monkeypatch):
     small = lambda cls: csi.Dino(cls, width=64, depth=1, heads=4, grid=4)  # noqa: E731
     monkeypatch.setitem(csi.WIDTHS, "RadDINO", 64)
-    monkeypatch.setattr(csi, "get_backbone", lambda name, focus, rectified: small(focus != "pool"))
+    monkeypatch.setattr(csi, "get_backbone", lambda name, focus: small(focus != "pool"))
     model = model_of("--model", "RadDINO", "--zone-focus", "none", "--image-size", 56)
     film = torch.rand(2, 1, 56, 56)
     state = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
@@ -281,6 +281,18 @@ def test_forms_and_shapes(name, focus):
     model = model_of("--model", name, "--zone-focus", focus, "--loss", "corn")
     with torch.no_grad():
         assert model(torch.rand(2, 1, 64, 64)).shape == (2, 6, 4)  # three of CORN and "gradable"
+
+
+def test_load_checkpoint_takes_over_the_scale_of_the_pixels(tmp_path):
+    """Trained on the scale of ImageNet, loaded into the defaults: the same outputs; another form is refused."""
+    mean, std = csi.NORMALIZATIONS["imagenet"]
+    model = model_of("--model", "CheXNet", mean=mean, std=std, rectified=False)
+    common.save_checkpoint(tmp_path / "m.pth", common.model_checkpoint("csi", model.args, model, {}))
+    other, film = model_of("--model", "CheXNet"), torch.rand(1, 1, 64, 64)
+    csi.load_checkpoint(other, tmp_path / "m.pth")
+    torch.testing.assert_close(other.eval()(film), model(film))
+    with pytest.raises(common.UserError, match="zone_focus is pool there and none in this model"):
+        csi.load_checkpoint(model_of("--model", "CheXNet", "--zone-focus", "none"), tmp_path / "m.pth")
 
 
 def test_checkpointing_changes_nothing_but_memory():
@@ -369,7 +381,7 @@ def test_the_map_is_the_zones_share_of_the_score():
 
 def test_no_map_is_better_than_an_invented_one(monkeypatch):
     monkeypatch.setitem(csi.WIDTHS, "RadDINO", 64)
-    monkeypatch.setattr(csi, "get_backbone", lambda name, focus, r: csi.Dino(focus != "pool", 64, 1, 4, 4))
+    monkeypatch.setattr(csi, "get_backbone", lambda name, focus: csi.Dino(focus != "pool", 64, 1, 4, 4))
     film = OneFilm(side=56)
     model = model_of("--model", "RadDINO", "--zone-focus", "none", "--image-size", 56)
     assert csi.zone_maps(model, film, 0, "cpu") is None  # a class token has no places
