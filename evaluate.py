@@ -7,6 +7,7 @@
         --output results/
     python evaluate.py --checkpoint saves/best_model.pt --config configs/ctclip.yaml --output results/results.json
     python evaluate.py --test-only logs/x/checkpoints/epoch_latest.pt --val-data lmdb/test --output evaluation/
+    python evaluate.py --test-only models/best_model.pth --csv other.csv --image-dir images --output eval/
     torchrun --nproc_per_node 4 evaluate.py --test-only best_model.pth --output eval/      # the same numbers, sooner
 
 A checkpoint brings its model, data, and per-label thresholds; options given here override its data. Two CSV files do
@@ -17,7 +18,7 @@ features, and a linear probe: a logistic regression for each label on the frozen
 (CT-CLIP's LiPro). Of train_retclip.py a case is a pair of eyes, and retrieval is always computed; its labels are the
 classes of the data (without two there is no table of labels), with a softmax over them by --templates, of which the
 most probable counts as present (unless --threshold or --threshold-part bring thresholds). Its linear probe: see
-retrieval.eyes_of.
+retrieval.eyes_of. Of train_csi.py a case is a film with scores of six lung zones, and zones.py says what is written.
 
 Writes into --output (or, where that ends in .json, to that file and its folder):
   predictions.csv  id, {label}_prob, {label}_pred; in the order of the data; no probability where a case failed to load
@@ -65,25 +66,8 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from common import (
-    UserError,
-    bootstrap_counts,
-    bootstrap_intervals,
-    choose_thresholds,
-    f1_thresholds,
-    file_sha256,
-    json_safe,
-    load_checkpoint,
-    log_loss,
-    multilabel_metrics,
-    parse_with_config,
-    prediction_table,
-    process_group,
-    run_main,
-    versions,
-    write_atomic,
-    write_csv,
-)
+import common
+from common import UserError, choose_thresholds, f1_thresholds, load_checkpoint, with_interval, write_csv
 from report import number, people, read_scores, warnings_of, write_report
 from retrieval import (
     LEVEL,
@@ -95,14 +79,17 @@ from retrieval import (
     volume_retrieval,
     write_features,
 )
+from zones import score_zones, write_zones, zone_lines, zones_of
 
 # task in the checkpoint -> the script that trained it
 TASKS = {"siglip": "finetune_siglip", "task2": "run_task2", "ctclip": "train_ctclip", "retclip": "train_retclip"}
+TASKS["csi"] = "train_csi"
 WITH_FEATURES = ("ctclip", "retclip")  # tasks whose `predict` gives features of images and texts
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
 # of a checkpoint's arguments
 OVERRIDES = ("csv", "slice_dir", "data_dir", "split", "data_root", "metadata", "batch_size", "num_workers")
 OVERRIDES += ("train_data", "valid_data", "reports", "labels", "hu_source", "zero_shot", "prompts", "templates")
+OVERRIDES += ("image_dir", "image_column", "mask_dir", "split_file", "patient_column")
 PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the probe's regularisation to choose from
 PROBE_HELD_OUT = 0.25  # of the training patients: for that choice, and for the thresholds
 
@@ -119,6 +106,12 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--csv", type=Path, help="other data for the checkpoint, in the form its script reads")
     group.add_argument("--slice-dir", type=Path, help="other slices for a checkpoint of run_task2.py")
     group.add_argument("--data-dir", type=Path, help="folder of their labels")
+    group.add_argument("--image-dir", type=Path, help="folder of the films, for a checkpoint of train_csi.py")
+    text = "column of the film's path (FileID + suffix, in --image-dir)"
+    group.add_argument("--image-column", metavar="NAME", help=text)
+    group.add_argument("--mask-dir", type=Path, help="folder of their lung masks")
+    group.add_argument("--split-file", type=Path, help="CSV of FileID and split (as in training)")
+    group.add_argument("--patient-column", metavar="NAME", help="column of the patient (patient or patient_id)")
     group.add_argument("--split", help="rows of the CSV to evaluate (what the script evaluates)")
     group.add_argument("--data-root", type=Path, help="folder img_path may not leave (as in training)")
     text = "CSV of rescale slopes and intercepts (as in training)"
@@ -198,7 +191,7 @@ def read_config(args, argv) -> argparse.Namespace:
         for action in parents[0]._actions:
             action.default, action.required = argparse.SUPPRESS, False
     parser = argparse.ArgumentParser(parents=parents, conflict_handler="resolve", add_help=False, allow_abbrev=False)
-    merged = parse_with_config(add_options(parser), argv)
+    merged = common.parse_with_config(add_options(parser), argv)
     unused = [name for name in vars(merged) if name not in vars(args)]
     if unused:
         files = ", ".join(map(str, args.config))
@@ -232,6 +225,7 @@ class Cases:
     training: dict | None = None  # what `predict` gives of the training data, for --linear-probe
     most_probable: bool = False  # the most probable label counts as present, whatever the thresholds
     pairs: dict | None = None  # what `predict` of train_retclip.py gives, and `pictures` of the data set
+    zones: dict | None = None  # of train_csi.py: Films, script, dataset, model, device, medians; then not the above
 
     def cut(self, probs) -> np.ndarray:
         """What a probability (n, K) must reach to count as present: (K,) thresholds, or each case's highest (n, 1)."""
@@ -304,6 +298,9 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         if getattr(args, name) and saved["task"] not in WITH_FEATURES:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: {script.__name__}.py's checkpoints give no features of images and texts")
+    if saved["task"] == "csi" and (args.threshold is not None or args.threshold_part):
+        flag = "--threshold-part" if args.threshold_part else "--threshold"
+        raise UserError(f"{flag}: the scores of {script.__name__}.py's checkpoints have no threshold (leave it out)")
     paired = saved["task"] == "retclip"
     for name in ("zero_shot", "prompts"):
         if paired and getattr(args, name) is not None:
@@ -323,7 +320,9 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         if paired and not (dataset.has_patients and train_set.has_patients) and dataset.source != train_set.source:
             training["groups"] = [f"training data, {name}" for name in training["groups"]]  # each may count from 0
     out = script.predict(model, dataset, ctx, "prediction")
-    pairs = out | {"pictures": dataset.pictures} if paired else None
+    pairs, zones = out | {"pictures": dataset.pictures} if paired else None, None
+    if saved["task"] == "csi":
+        zones = zones_of(saved, script, task_args, dataset, model, ctx.device, out)
     if paired and args.linear_probe:
         names, out, training = eyes_of(names, out, training)
     elif paired:  # the zero-shot scores of pairs; one class is none: there is nothing to tell it from
@@ -359,7 +358,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
 
     same_data, trained = is_that_of(task_args.split), is_that_of("train") if paired else False
     if not trained and same_data and task_args.split == saved["args"]["split"]:
-        own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed)
+        own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed or zones)
         if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
             own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
         chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
@@ -371,8 +370,9 @@ def cases_of_checkpoint(args, ctx) -> Cases:
                 "expected of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not "
                 "seen)"
             )
-    elif trained or (same_data and task_args.split == "train"):
-        notes.append("The model was trained on these cases: the numbers say nothing about new patients")
+    elif trained or (same_data and task_args.split in ("train", "all")):
+        some = "some of " if task_args.split == "all" else ""
+        notes.append(f"The model was trained on {some}these cases: the numbers say nothing about new patients")
     alone = np.flatnonzero(np.isnan(out["image_features"]).any(1)) if paired else []
     alone = [out["ids"][i] for i in alone if i not in out["failed"]]
     if alone:
@@ -406,6 +406,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         training=training,
         most_probable=most_probable,
         pairs=pairs,
+        zones=zones,
         **{k: out.get(k) for k in ("image_features", "text_features", "texts")},
     )
 
@@ -419,7 +420,7 @@ def why_failed(dataset, index: int) -> str:
 
 
 def file_facts(path: Path) -> dict:
-    return {"file": str(path), "sha256": file_sha256(path)}
+    return {"file": str(path), "sha256": common.file_sha256(path)}
 
 
 def in_part(patients, share: float, seed: int) -> np.ndarray:
@@ -479,7 +480,7 @@ def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
         best, strength = np.inf, PROBE_C[0]
         for c in PROBE_C:
             p = LogisticRegression(C=c, max_iter=2000).fit(x[a], y[a, k]).predict_proba(x[held])[:, 1]
-            loss = log_loss(y[held, k], p) if b.any() else 0.0
+            loss = common.log_loss(y[held, k], p) if b.any() else 0.0
             if loss < best:
                 best, strength, held_probs[:, k] = loss, c, p
         known = read & ~np.isnan(y[:, k])
@@ -507,6 +508,20 @@ def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
 # ==== Numbers ==================================================================================================
 
 
+def case_facts(cases: Cases, n_resamples: int, seed: int) -> dict:
+    """The head of results.json, of any task."""
+    how = {"method": "percentile bootstrap over patients", "level": LEVEL, "n_resamples": n_resamples, "seed": seed}
+    return {
+        "evaluated": cases.evaluated,
+        "evaluated_on": cases.evaluated_on,
+        "n": len(cases.ids),
+        "n_patients": len(set(cases.groups)),
+        "interval": how if n_resamples else None,
+        "failed": [{"id": i, "reason": reason} for i, reason in cases.failed.items()],
+        "notes": cases.notes,
+    }
+
+
 def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     """The numbers of results.json, to the last digit the same in any order of the cases; 0 resamples: no intervals."""
     names = cases.class_names
@@ -521,9 +536,9 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
     numbered = [f"label{k}" for k in range(len(names))]  # a label called "macro" would give the key of the macro mean
     values, spread, cut = {}, {}, cases.cut(probs) if names else None
     if names:
-        values = multilabel_metrics(targets, probs, numbered, cut)
+        values = common.multilabel_metrics(targets, probs, numbered, cut)
     if names and n_resamples:
-        spread = bootstrap_intervals(targets, probs, numbered, cut, groups, n_resamples, seed, LEVEL)
+        spread = common.bootstrap_intervals(targets, probs, numbered, cut, groups, n_resamples, seed, LEVEL)
 
     def block(prefix: str, metrics=METRICS) -> dict:
         found = {}
@@ -545,20 +560,12 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
         counts["flagged"] = int((probs >= cut)[~np.isnan(targets[:, k]), k].sum())
         per_label[name] = counts | block(f"label{k}_")
     top_1 = accuracies(targets, probs, groups, n_resamples, seed) if names and cases.pairs else {}
-    how = {"method": "percentile bootstrap over patients", "level": LEVEL, "n_resamples": n_resamples, "seed": seed}
     return {
-        "evaluated": cases.evaluated,
-        "evaluated_on": cases.evaluated_on,
-        "n": len(cases.ids),
-        "n_patients": len(set(cases.groups)),
         "per_label": per_label,
         "macro": block("macro_") | ({"n_defined": int(values["n_defined_auroc"])} if names else {}),
         "micro": block("micro_"),
         "overall": block("", ("crg", "exact_match")) | top_1,
-        "interval": how if n_resamples else None,
         "thresholds_source": cases.thresholds_source,
-        "failed": [{"id": i, "reason": reason} for i, reason in cases.failed.items()],
-        "notes": cases.notes,
     }
 
 
@@ -567,21 +574,9 @@ def accuracies(targets, probs, groups, n_resamples: int, seed: int) -> dict:
     one = ((targets == 1).sum(1) == 1) & ~np.isnan(targets).any(1)
     if not one.any():
         return {"accuracy_n": 0, "accuracy": None, "balanced_accuracy": None, "accuracy_majority": None}
-    is_class, best = targets[one] == 1, probs[one] == probs[one].max(1, keepdims=True)
-    hit = (is_class & best).sum(1) / best.sum(1)  # equal probabilities share the vote
-    weights = np.ones((len(hit), 1))
-    if n_resamples:
-        weights = np.append(weights, bootstrap_counts(groups[one], n_resamples, seed), axis=1)
-    n = is_class.T.astype(float) @ weights  # (K, 1 + B)
-    recalls = (is_class.T * hit) @ weights / np.maximum(n, 1)
-    columns = {"accuracy": hit @ weights / n.sum(0), "balanced_accuracy": recalls.sum(0) / (n > 0).sum(0)}
-    found = {"accuracy_n": int(one.sum()), "accuracy_majority": is_class.mean(0).max()}
-    for name, values in columns.items():
-        found[name] = values[0]
-        if n_resamples:
-            spread = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            found[f"{name}_low"], found[f"{name}_high"] = spread
-    return found
+    found = {"accuracy_n": int(one.sum()), "accuracy_majority": (targets[one] == 1).mean(0).max()}
+    weights = common.bootstrap_weights(groups[one], n_resamples, seed)
+    return found | with_interval(common.top_1_metrics(targets[one], probs[one], weights), LEVEL)
 
 
 def git_commit() -> str | None:
@@ -599,9 +594,9 @@ def git_commit() -> str | None:
 # ==== Output ===================================================================================================
 
 
-def write_outputs(results: dict, cases: Cases, results_path: Path) -> None:
-    """predictions.csv, labels.csv, report.html, and last the results: where they stand, the rest is complete."""
-    folder, shown = results_path.parent, None
+def write_outputs(folder: Path, results: dict, cases: Cases) -> None:
+    """predictions.csv, labels.csv, report.html."""
+    shown = None
     if "image_to_text" in results.get("retrieval", {}):
         write_features(folder, cases.pairs)
         shown = gallery(cases.pairs, cases.ids, cases.pairs["pictures"])
@@ -609,11 +604,10 @@ def write_outputs(results: dict, cases: Cases, results_path: Path) -> None:
     for k, name in enumerate(cases.class_names):
         labels[name] = pd.Series(cases.targets[:, k]).astype("Int64")
     if cases.class_names:
-        predictions = prediction_table(cases.ids, cases.probs, cases.class_names, cases.cut(cases.probs))
+        predictions = common.prediction_table(cases.ids, cases.probs, cases.class_names, cases.cut(cases.probs))
         write_csv(folder / "predictions.csv", predictions)
         write_csv(folder / "labels.csv", pd.DataFrame(labels))
     write_report(folder / "report.html", results, cases.targets, cases.probs, shown)
-    write_atomic(results_path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def print_table(results: dict) -> None:
@@ -640,7 +634,7 @@ def print_table(results: dict) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    with process_group(args.device) as ctx:
+    with common.process_group(args.device) as ctx:
         if args.predictions is None:
             cases = cases_of_checkpoint(args, ctx)
         elif ctx.master:
@@ -664,7 +658,8 @@ def main(argv=None) -> int:
             cases = with_probe(cases, args.threshold, args.seed)
         if args.threshold_part:
             cases, part = with_fitted_thresholds(cases, args.threshold_part, args.seed)
-        results = score(cases, n_resamples, args.seed)
+        numbers = score_zones if cases.zones else score
+        results = case_facts(cases, n_resamples, args.seed) | numbers(cases, n_resamples, args.seed)
         if cases.pairs and not args.linear_probe:
             results["retrieval"] = pair_retrieval(cases.pairs, cases.ids, n_resamples, args.seed)
         elif args.retrieval and not cases.pairs:
@@ -674,16 +669,21 @@ def main(argv=None) -> int:
     results["provenance"] = cases.files | {
         "command": shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "thresholds": cases.thresholds_source,
+        **({} if cases.zones else {"thresholds": cases.thresholds_source}),
         "seed": args.seed,
         "git_commit": git_commit(),
-        "versions": versions(),
+        "versions": common.versions(),
     }
-    results = json_safe(results)
-    write_outputs(results, cases, results_path)
+    results = common.json_safe(results)
+    (write_zones if cases.zones else write_outputs)(results_path.parent, results, cases)
+    # last: where the results stand, the rest is complete
+    common.write_atomic(results_path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"{results['evaluated']} on {results['evaluated_on']}: {results['n']} cases of {people(results)}")
-    print(f"Thresholds: {cases.thresholds_source}")
-    if results["per_label"]:
+    if cases.zones:
+        print("\n".join(["", *zone_lines(results), ""]))
+    else:
+        print(f"Thresholds: {cases.thresholds_source}")
+    if results.get("per_label"):
         print_table(results)
     if "retrieval" in results:
         print("\n".join(retrieval_lines(results["retrieval"], n_resamples > 0)) + "\n")
@@ -696,4 +696,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(common.run_main(main))

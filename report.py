@@ -115,7 +115,7 @@ def _need_ids(wanted: pd.Series, there: pd.Series, message: str, of: str) -> Non
 
 
 def number(value, digits: int = 3) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return "undefined" if value is None or not math.isfinite(value) else f"{value:z.{digits}f}"
 
 
 def interval(row: dict, metric: str, digits: int = 3) -> str:
@@ -137,13 +137,11 @@ def people(results: dict) -> str:
 
 def warnings_of(results: dict) -> list[str]:
     """What a reader must know before the numbers, most serious first."""
-    rows, found = results["per_label"], []
-    if results["failed"]:
-        cases = ", ".join(f"{f['id']} ({f['reason']})" for f in results["failed"][:10])
-        more = f" and {len(results['failed']) - 10} more" if len(results["failed"]) > 10 else ""
-        found.append(
-            f"{len(results['failed'])} of {results['n']} cases failed to load and are in no number: {cases}{more}"
-        )
+    rows, failed, found = results.get("per_label", {}), results["failed"], []  # scores of zones are no labels
+    if failed:
+        cases = ", ".join(f"{f['id']} ({f['reason']})" for f in failed[:10])
+        more = f" and {len(failed) - 10} more" if len(failed) > 10 else ""
+        found.append(f"{len(failed)} of {results['n']} cases failed to load and are in no number: {cases}{more}")
     found += results["notes"]
     consequence = {
         "no positive case": "macro AUROC and AUPRC leave them out; macro F1 and recall count them as 0",
@@ -188,6 +186,12 @@ def figure_uri(draw, salt: str) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     return "data:image/svg+xml;base64," + base64.b64encode(svg[svg.index("<svg") :].encode()).decode()
+
+
+def panel(alt: str, title: str, said: str, draw, *given) -> str:
+    """HTML of the figure that `draw(axes, *given)` fills, with its caption; the texts are escaped here."""
+    uri, said = figure_uri(lambda axes: draw(axes, *given), alt), esc(said).replace("\n", "<br>")
+    return f'<figure><img src="{uri}" alt="{esc(alt)}"><figcaption><b>{esc(title)}</b><br>{said}</figcaption></figure>'
 
 
 def unit_axes(axes, xlabel: str, ylabel: str) -> None:
@@ -291,6 +295,11 @@ RETRIEVAL = {  # of results.json: title, metric, short name, who is found
                          "Volumes without a positive label take no part."),
 }  # fmt: skip
 
+RESAMPLED = (
+    "intervals; the patients of the queries are resampled, the gallery stays. Where nothing, or everything, was found "
+    "an interval has no width, and says nothing."
+)
+
 
 def ks_of(row: dict, metric: str) -> list[int]:
     return [
@@ -340,16 +349,11 @@ def retrieval_section(results: dict) -> str:
             f"<tr><td>{title}<small>{short}@K</small></td><td>{row['n']}</td><td>{row['n_gallery']}</td>{cells}</tr>\n"
         )
         if ks_of(row, metric):
-            kind = [(metric, BLUE, GREY, "o", 0)], f"{short}@K"
-            uri = figure_uri(lambda axes, row=row, kind=kind: draw_retrieval(axes, row, *kind), key)
-            panels += f'<figure><img src="{uri}" alt="{title}: {short}@K against chance">'
-            panels += f"<figcaption><b>{title}</b><br>{row['n']} queries</figcaption></figure>"
+            kind, alt = ([(metric, BLUE, GREY, "o", 0)], f"{short}@K"), f"{title}: {short}@K against chance"
+            panels += panel(alt, title, f"{row['n']} queries", draw_retrieval, row, *kind)
     text = "Blue: this model. Dashed: chance, a random order. Equal scores count as if in random order."
     if how:
-        text += (
-            f" Small print and bars: {100 * how['level']:.0f} % intervals; the patients of the queries are resampled, "
-            "the gallery stays. Where nothing, or everything, was found an interval has no width, and says nothing."
-        )
+        text += f" Small print and bars: {100 * how['level']:.0f} % {RESAMPLED}"
     as_published = ", ".join(
         f"{name.replace('recall', 'R').replace('map', 'MAP')} {number(value)}"
         for name, value in results["retrieval"]["as_published"].items()
@@ -420,9 +424,8 @@ def pair_section(results: dict) -> str:
             title = f"{direction}, {level}"
             rows[title] = row
             if row and (ks_of(row, "recall") or ks_of(row, "class_recall")):
-                uri = figure_uri(lambda axes, row=row: draw_retrieval(axes, row, CURVES, "Share found"), key + level)
-                panels += f'<figure><img src="{uri}" alt="{title}: recall at K against chance">'
-                panels += f"<figcaption><b>{title}</b><br>{row['n']} queries</figcaption></figure>"
+                alt, said = f"{title}: recall at K against chance", f"{row['n']} queries"
+                panels += panel(alt, title, said, draw_retrieval, row, CURVES, "Share found")
         for name, row in ((found[key].get("patient") or {}).get("per_class") or {}).items():
             classes[f"{name}, {direction.lower()}"] = row if row["class_n"] >= FEW_QUERIES else None
     shown = [
@@ -437,10 +440,7 @@ def pair_section(results: dict) -> str:
         "model that does not look at the query can get by luck: a number is evidence if its interval is above both."
     )
     if how:
-        text += (
-            f" Small print and bars: {100 * how['level']:.0f} % intervals; the patients of the queries are resampled, "
-            "the gallery stays. Where nothing, or everything, was found an interval has no width, and says nothing."
-        )
+        text += f" Small print and bars: {100 * how['level']:.0f} % {RESAMPLED}"
     by_class = [name for name in shown if name in ("recall@1", "class_recall@1", "class_recall@5", "class_map")]
     many = {title: row for title, row in sorted(classes.items()) if row}
     text_2 = "By class of the query, patient head. The other heads, every K, and the classes of fewer than "
@@ -511,17 +511,14 @@ def figures_section(title, text, draw, metric, results, targets, probs) -> str:
         if not len(y) or (row["auroc"] is None and metric in ("auroc", "auprc")):
             left_out.append(f"{name} ({why_undefined(row)})")
             continue
-        uri = figure_uri(lambda axes, y=y, p=p, at=at, row=row: draw(axes, y, p, at, row), f"{title}{k}")
         if metric:
             between = interval(row, metric)
             said = f"{metric.upper()} {number(row[metric])}" + (f" [{between}]" if between else "")
         else:
             said = f"{row['positives']} positive, {row['n'] - row['positives']} negative"
-        more = f"<br>chance {number(row['prevalence'])}" if metric == "auprc" else ""
-        panels.append(
-            f'<figure><img src="{uri}" alt="{esc(title)} of {esc(name)}: {esc(said)}">'
-            f"<figcaption><b>{esc(name)}</b><br>{esc(said)}{more}</figcaption></figure>"
-        )
+        alt = f"{title} of {name}: {said}"
+        said += f"\nchance {number(row['prevalence'])}" if metric == "auprc" else ""
+        panels.append(panel(alt, name, said, draw, y, p, at, row))
     note = f'<p class="sub">Not drawn: {esc(", ".join(left_out))}.</p>' if left_out else ""
     return f'<section><h2>{esc(title)}</h2><p>{esc(text)}</p><div class="grid">{"".join(panels)}</div>{note}</section>'
 
@@ -669,6 +666,14 @@ def fact(name: str, value) -> str:
 HEADLINE = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
 
 
+def tile(title: str, row: dict, metric: str, results: dict, beside=()) -> str:
+    """A number in large print; below it its interval, and the texts `beside` it."""
+    between = interval(row, metric)
+    small = [f"{100 * results['interval']['level']:.0f} % interval {between}"] if between else []
+    small = "<br>".join(map(esc, [*small, *beside]))
+    return f'<div class="tile"><small>{esc(title)}</small><b>{number(row.get(metric))}</b><small>{small}</small></div>'
+
+
 def headline(results: dict) -> str:
     """The few numbers one quotes, with their intervals."""
     tiles, kinds = "", []
@@ -685,36 +690,37 @@ def headline(results: dict) -> str:
             if row.get(metric) is not None:
                 kinds.append((row, metric, f"{direction}, {PAIR_METRICS[metric][0]}"))
     for row, metric, title in kinds:
-        between = interval(row, metric)
-        small = f"{100 * results['interval']['level']:.0f} % interval {between}" if between else ""
-        if row.get(f"{metric}_chance") is not None:
-            word = "always the commonest" if metric == "accuracy" else "chance"
-            small += f"<br>{word} {number(row[metric + '_chance'])}"
-        tiles += f'<div class="tile"><small>{title}</small><b>{number(row.get(metric))}</b><small>{small}</small></div>'
+        chance, word = row.get(f"{metric}_chance"), "always the commonest" if metric == "accuracy" else "chance"
+        tiles += tile(title, row, metric, results, [] if chance is None else [f"{word} {number(chance)}"])
     return f'<div class="tiles">{tiles}</div>'
 
 
 def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray, gallery=None) -> None:
     """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load;
     gallery: of `retrieval.gallery`, None where its pictures are not at hand."""
-    title = esc(f"Evaluation of {results['evaluated']}")
     about = f"{results['n']} cases of {people(results)}, {len(results['per_label'])} labels"
-    warnings = "".join(f"<li>{esc(sentence)}</li>" for sentence in warnings_of(results))
-    if warnings:
-        warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
     reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
     tables = table_section(results) if results["per_label"] else ""
     reading = f"<section><h2>How to read this</h2><dl>{reading}</dl></section>" if tables else ""
     figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS) if tables else ""
+    body = headline(results) + tables + retrieval_section(results) + gallery_section(results, gallery)
+    write_page(path, results, about, body + reading + figures)
+
+
+def write_page(path: Path, results: dict, about: str, body: str, style: str = "") -> None:
+    """The frame of every page: title, warnings, `body`, which is HTML, and provenance; `style` is added to the CSS."""
+    title = esc(f"Evaluation of {results['evaluated']}")
+    warnings = "".join(f"<li>{esc(sentence)}</li>" for sentence in warnings_of(results))
+    if warnings:
+        warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
     origin = "".join(fact(name, value) for name, value in results["provenance"].items())
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{CSP}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}</style></head><body>
+<title>{title}</title><style>{STYLE}{style}</style></head><body>
 <header><h1>{title}</h1><p class="sub">{esc(about)}. Data: {esc(results["evaluated_on"])}.</p></header>
-{warnings}{headline(results)}{tables}{retrieval_section(results)}{gallery_section(results, gallery)}
-{reading}{figures}
+{warnings}{body}
 <section><h2>Where these numbers come from</h2><table class="facts"><tbody>{origin}</tbody></table></section>
 </body></html>
 """
@@ -739,7 +745,7 @@ def main(argv=None) -> int:
     except OSError as e:
         raise UserError(f"{args.results}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{args.results}: not a results file of evaluate.py ({e})") from e
+        raise UserError(f"{args.results}: not a results file of evaluate.py with labels ({e})") from e
     targets = probs = np.empty((0, 0))
     if names and not (args.predictions and args.labels):
         raise UserError(f"{args.results}: has labels (give --predictions and --labels)")

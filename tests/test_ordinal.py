@@ -5,17 +5,32 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import cohen_kappa_score, confusion_matrix
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from common import (
     agreement,
     bootstrap_counts,
+    bootstrap_intervals,
+    bootstrap_weights,
     class_distance_loss,
+    class_metrics,
     confusion_counts,
     corn_loss,
     corn_probs,
     emd_loss,
+    mean_defined,
+    multilabel_metrics,
+    ordinal_metrics,
     quadratic_kappa,
+    top_1_metrics,
+    weighted_auroc,
+    with_interval,
 )
 
 LOSSES = {"corn": corn_loss, "cdw": class_distance_loss, "cdw 1.5": lambda *a, **k: class_distance_loss(*a, 1.5, **k)}
@@ -219,8 +234,100 @@ def test_agreement_is_undefined_rather_than_noise():
         found = {name: values.item() for name, values in agreement(a, b).items()}
         assert found["mae"] == 0 and found["n"] == len(a)
         assert np.isnan(found["pearson"]) and np.isnan(found["icc"])
-    # constant only in a resample, about a mean that rounds
-    found = agreement([0.1, 0.7, 0.7, 0.7], [0.3, 0.9, 0.9, 0.9], [[0], [9], [7], [3]])
-    assert np.isnan(found["pearson"][0]) and found["sd"][0] == 0
+    # constant only in a resample, where rounding leaves a spread of 1e-15
+    found = agreement([2.3] + [1.8] * 6, [0.0] + [1.8 / 3] * 6, [[k] for k in (0, 1, 2, 3, 1, 5, 2)])
+    assert np.isnan(found["pearson"][0]) and found["sd"][0] == found["icc"][0] == 0
     found = agreement([np.nan, 1], [1, np.nan])
     assert found.pop("n") == 0 and all(np.isnan(values).all() for values in found.values())
+
+
+def test_agreement_of_golden_expected_scores(golden):
+    """The mean of the probabilities of classes 0 to 3 against the class, where that is one of them."""
+    y, logits = golden.array("mc.y", (300,), 0, 5), golden.array("mc.logits", (300, 5)).astype(float)
+    logits[np.arange(300), y] += 1
+    p = torch.as_tensor(logits.round(3)).softmax(1).numpy()[:, :4]
+    found = agreement((p @ np.arange(4) / p.sum(1))[y < 4], y[y < 4])
+    expected = golden.load("golden_metrics")["outputs"]["multiclass"]["csi_expected_score_over_0_3"]
+    assert {name: found[name].item() for name in expected} == pytest.approx(expected, abs=1e-11)
+
+
+@pytest.mark.parametrize("absent", [None, 2])
+def test_class_metrics_against_sklearn(absent):
+    """Four classes and a fifth that is no class; with one of them neither there nor predicted, and with one only
+    predicted."""
+    truth, predicted, patients = scores(k=5)
+    predicted = np.where(predicted == absent, 1, predicted)
+    keep = (truth < 4) & (truth != absent)
+    truth, predicted, weights = truth[keep], predicted[keep], bootstrap_counts(patients[keep], 5, 0)
+    counts = confusion_counts(truth, predicted, 5, weights)[:, :4]
+    means, by_class = class_metrics(counts)
+    for b in range(5):
+        times = weights[:, b].astype(int)
+        t, p = np.repeat(truth, times), np.repeat(predicted, times)
+        labels = [k for k in range(4) if k != absent]
+        rows = precision_recall_fscore_support(t, p, labels=labels, zero_division=0)
+        for name, row in zip(("precision", "recall", "f1"), rows[:3], strict=True):
+            np.testing.assert_allclose(by_class[name][b][labels], row, rtol=1e-12)
+            mean = means["f1_macro" if name == "f1" else name][b]
+            assert mean == pytest.approx(row.mean(), 1e-12)
+        assert means["f1_weighted"][b] == pytest.approx(np.average(rows[2], weights=rows[3]), 1e-12)
+        assert means["accuracy"][b] == pytest.approx((t == p).mean(), 1e-12)
+    assert absent is None or np.isnan(by_class["f1"][:, absent]).all()
+    only_predicted = class_metrics([[[2, 1], [0, 0]]])[1]
+    assert [only_predicted[name][0, 1] for name in ("precision", "recall", "f1")] == [0, 0, 0]
+    assert all(np.isnan(values).all() for values in class_metrics(np.zeros((1, 3, 4)))[0].values())
+
+
+def test_ordinal_metrics():
+    truth, predicted, _ = scores()
+    found, gap = ordinal_metrics(confusion_counts(truth, predicted, 4)), abs(truth - predicted)
+    assert found["mae_class"] == pytest.approx(gap.mean()) and found["off_2"] == pytest.approx((gap > 1).mean())
+    assert found["exact"] == pytest.approx((gap == 0).mean())
+    assert found["qwk"] == pytest.approx(cohen_kappa_score(truth, predicted, weights="quadratic"))
+    assert all(np.isnan(values).all() for values in ordinal_metrics(np.zeros((2, 4, 4))).values())
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")  # a class that nothing is, meant
+def test_top_1_against_sklearn():
+    rng = np.random.default_rng(2)
+    truth, probs = rng.integers(0, 3, 90), rng.random((90, 4))
+    weights = rng.integers(0, 3, (90, 4)).astype(float)
+    found = top_1_metrics(np.eye(4)[truth], probs, weights)
+    for b in range(4):
+        args = truth, probs.argmax(1)
+        recall = balanced_accuracy_score(*args, sample_weight=weights[:, b])
+        assert found["balanced_accuracy"][b] == pytest.approx(recall, 1e-12)
+        assert found["accuracy"][b] == pytest.approx(np.average(args[0] == args[1], weights=weights[:, b]), 1e-12)
+    shared = top_1_metrics([[1, 0, 0]], np.array([[0.4, 0.4, 0.2]]), np.ones((1, 1)))
+    assert shared["accuracy"] == 0.5
+
+
+def test_with_interval_is_the_bootstrap():
+    """Value and quantiles are those of `bootstrap_intervals`, which leaves out what is undefined in a resample."""
+    rng = np.random.default_rng(4)
+    y, p, groups = rng.random(12) < 0.25, rng.random(12), rng.integers(0, 6, 12)
+    weights = bootstrap_weights(groups, 200, 1)
+    assert weights.shape == (12, 201) and (weights[:, 0] == 1).all()
+    values = weighted_auroc(y, p, weights)
+    assert np.isnan(values).any()
+    found = with_interval({"auroc": values})
+    low, high = bootstrap_intervals(y[:, None], p[:, None], ["a"], 0.5, groups, 200, 1)["a_auroc"]
+    assert (found["auroc_low"], found["auroc_high"]) == (low, high)
+    assert found["auroc"] == multilabel_metrics(y[:, None], p[:, None], ["a"])["a_auroc"]
+    assert with_interval({"x": bootstrap_weights(groups, 0, 1)[0]}) == {"x": 1.0}
+    assert np.isnan(with_interval({"x": np.array([1, np.nan, np.nan])})["x_low"])
+
+
+def test_auroc_of_rows_that_share_a_weight():
+    rng = np.random.default_rng(6)
+    y, p, weights = rng.random((30, 6)) < 0.4, rng.random((30, 6)), rng.integers(0, 3, (30, 4)).astype(float)
+    found = weighted_auroc(y.ravel(), p.ravel(), weights, np.repeat(np.arange(30), 6))
+    for b in range(4):
+        expected = roc_auc_score(y.ravel(), p.ravel(), sample_weight=np.repeat(weights[:, b], 6))
+        assert found[b] == pytest.approx(expected, 1e-12)
+
+
+def test_mean_defined():
+    values = np.array([[1, np.nan, 3], [np.nan, np.nan, np.nan]])
+    np.testing.assert_array_equal(mean_defined(values), [2, np.nan])
+    np.testing.assert_array_equal(mean_defined(values, 0), [1, np.nan, 3])
