@@ -24,6 +24,7 @@ import sys
 import time
 import tokenize
 import warnings
+import weakref
 import zipfile
 import zlib
 from datetime import timedelta
@@ -2456,6 +2457,8 @@ def lock_folder(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
+    held = weakref.ref(lock)  # by whoever called, not by the line below
+    os.register_at_fork(after_in_child=lambda: held() and held().close())  # data workers outlive a kill -9 for seconds
     return lock
 
 

@@ -199,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n-trials", type=int, default=50, help="trials of the search, all in all")
     add("--search-params", nargs="+", choices=list(SEARCHED), default=list(SEARCHED)[:6], metavar="NAME",
         help=f"what is searched, of {', '.join(SEARCHED)}")  # fmt: skip
-    add("--sampler", choices=["tpe", "random", "cmaes"], default="tpe", help="how the search chooses values")
+    add("--sampler", choices=["tpe", "random"], default="tpe", help="how the search chooses values")
     add("--pruner", choices=["median", "successive_halving", "none"], default="median", help="how it ends poor trials")
     add("--search-workers", type=int, default=1, help="processes that search, each on a GPU of its own if there are")
 
@@ -226,8 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=500, help="steps between saves of the last checkpoint, besides evaluations")
     add("--top-k", type=int, default=3, help="best models kept")
     add("--export", type=Path, help="file for the best weights, original key names")
-    add("--journal", type=Path, default=Path("hyperopt/study.journal"), metavar="FILE", help="record of a search, "
-        "which goes on from it; its folder takes the trials")  # fmt: skip
+    add("--journal", type=Path, metavar="FILE", help="record of a search, which goes on from it; its folder takes the "
+        "trials (hyperopt/study.journal in --output-dir)")  # fmt: skip
     add("--study-name", default="csi_optimization", metavar="NAME", help="name of the search in --journal")
     add("--hyperparams", type=Path, metavar="FILE", help="best_params.json of a search, for --mode train-optimized")
 
@@ -280,7 +280,7 @@ def parse_args(argv=None) -> Config:
     args = Config(**vars(common.parse_with_config(build_parser(), argv)))
     args.pretrained = args.pretrained or ("none" if args.model == "Custom_1" else "true")
     args.image_size = args.image_size or (518 if args.model == "RadDINO" else 224)
-    args.monitor = args.monitor or ("qwk" if args.mode in ("hyperopt", "sweep") else MONITOR)
+    args.monitor = args.monitor or ("qwk" if args.mode in ("hyperopt", "sweep", "sweep-agent") else MONITOR)
     args.masked, args.mean, args.std = args.mask_dir is not None, None, None  # the last two as the weights are
     args.rectified = True  # DenseNet's last ReLU, which the original tool leaves out
     common.check_positive(args)
@@ -2015,7 +2015,8 @@ def check_films(args) -> int:
     common.make_folder(folder)
     if path is None or path.exists():
         try:
-            split_films(table, args)
+            parts = split_films(table, args)["split"].value_counts()
+            print("split: " + ", ".join(f"{name or 'none'}: {n}" for name, n in parts.items()))
         except UserError as e:
             problems.append(str(e))
     with ThreadPoolExecutor(max(1, args.num_workers)) as pool:

@@ -398,6 +398,7 @@ def draw_bland_altman(axes, truth, csi, row: dict) -> None:
         if row[name] is not None:
             axes.axhline(row[name], color=ORANGE, linestyle=style, linewidth=1.3)
     draw_dots(axes, (truth + csi) / 2, csi - truth, "Mean of reader and model", "Model − reader")
+    axes.yaxis.get_major_locator().set_params(integer=True)  # or the numbers push the label out of the picture
 
 
 # ==== Page =====================================================================================================
