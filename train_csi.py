@@ -284,8 +284,8 @@ def parse_args(argv=None) -> Config:
     args.masked, args.mean, args.std = args.mask_dir is not None, None, None  # the last two as the weights are
     args.rectified = True  # DenseNet's last ReLU, which the original tool leaves out
     common.check_positive(args)
-    if len(args.label_columns) != len(ZONES):
-        raise UserError(f"--label-columns takes six, in the order {', '.join(ZONES)}")
+    if not len(set(args.label_columns)) == len(args.label_columns) == len(ZONES):
+        raise UserError(f"--label-columns takes six different ones, in the order {', '.join(ZONES)}")
     limits = dict.fromkeys(("unknown_weight", "attention_strength", "flip_prob", "jitter", "shift"), (0, 1))
     limits |= {"zoom": (0, 0.9), "rotation": (0, 180), "clip_percent": (0, 20), "cdw_alpha": (1e-3, 20)}
     limits |= dict.fromkeys(("step_size", "n_trials", "search_workers"), (1, math.inf)) | {"image_size": (32, 4096)}
