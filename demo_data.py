@@ -4,6 +4,8 @@
                                                      # the CT-RATE tree demo/dataset, WordPieces demo/vocab.txt
     python demo_data.py fundus --out demo/fundus --n 400    # left and right eyes, 6 diagnoses -> pairs.csv, images/,
                                                      # vocab.txt; one eye a row: prompts_{train,test}.csv, by_index/
+    python demo_data.py cxr --out demo/cxr --n 400   # frontal chest films, congestion 0-3 in six zones -> labels.csv,
+                                                     # images/ (8 and 16 bits), masks/ of the right and the left lung
 
 Every patient is a pure function of (seed, index): the same for any --n and any --num-workers. The phantoms are
 stylised; they test code and teach formats, they say nothing about patients.
@@ -608,8 +610,12 @@ class Layer:
                 left = 0.6 * length * (1 - k / n) + 0.1
                 self.vessel(rng, at, heading + turn, -turn * 0.8, left, 0.6 * thick, fill, forks - 1)
 
-    def dot(self, x, y, rx, ry):
-        self.draw.ellipse([(v + 1.05) * self.scale for v in (x - rx, y - ry, x + rx, y + ry)], fill=255)
+    def line(self, points, width, fill=255):
+        points = [(v + 1.05) * self.scale for point in points for v in point]
+        self.draw.line(points, fill=fill, width=max(1, round(width * self.scale)), joint="curve")
+
+    def dot(self, x, y, rx, ry, fill=255):
+        self.draw.ellipse([(v + 1.05) * self.scale for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
 
     def cover(self, blur=0.0):
         image = self.image.resize((self.size, self.size), Image.Resampling.BOX)
@@ -763,6 +769,223 @@ def make_fundus(args):
     print(f"{args.n} patients, 2 eyes each ({args.size} x {args.size}) -> {args.out / 'pairs.csv'}")
 
 
+# ==== Chest films: drawing ======================================================================================
+
+ZONES = ["right_sup", "left_sup", "right_mid", "left_mid", "right_inf", "left_inf"]
+CXR_COLUMNS = ["FileID", *ZONES, "csi", "patient", "view", "diagnosis"]
+APEX, BOX = -0.74, 0.36  # height of the lungs' tops; half side of the square in which a zone's findings are drawn
+
+
+def draw_course(seed, index):
+    """(diagnosis, films) of one patient: acute heart failure 0 or 1; each film's view and six scores of ZONES.
+
+    Scores are 0-3 and NaN where a zone cannot be graded. One patient in four has a second film.
+    """
+    rng = np.random.default_rng([seed, index, 0])
+    level, films, means = rng.normal(), [], []
+    for _ in range(1 + (rng.random() < 0.25)):
+        level = 0.85 * level + 0.53 * rng.normal()
+        rows, sides = 0.35 * rng.normal(size=(3, 1)) + [[0.95], [1.3], [1.65]], 0.3 * rng.normal(size=2)
+        scores = np.rint(np.clip(rows + 0.8 * level + sides + 0.55 * rng.normal(size=(3, 2)), 0, 3)).ravel()
+        means.append(scores.mean())
+        scores[rng.random(6) < (0.02, 0.02, 0.02, 0.02, 0.06, 0.06)] = np.nan
+        mishap = rng.random()  # a film of no use; a field that begins too low; one that ends too high
+        scores[: 6 if mishap < 0.015 else 2 if mishap < 0.035 else 0] = np.nan
+        scores[4 if 0.035 < mishap < 0.055 else 6 :] = np.nan
+        films.append((str(rng.choice(["PA", "AP"], p=[0.55, 0.45])), scores))
+    risk = 1 / (1 + math.exp(-2.3 * (np.mean(means) - 2.0)))
+    return int(rng.random() < risk), films
+
+
+def draw_congestion(rng, row, score, size):
+    """(size, size) whiteness that congestion adds to a zone of row 0-2, lateral to the right; share of vessels hidden.
+
+    1: wide vessels, cuffs around bronchi, or septal lines, by the row; 2: a network; 3: fluffy patches with bronchi.
+    """
+    u, n, lines = rng.uniform, rng.normal, Layer(size)
+    power, noise = u(0.95, 1.3), [clouds(rng, cells, size)[..., 0] for cells in (11, 10, 7, 5)]
+    for k in range(6 if score < 3 else 0):
+        if row == 0:
+            at, fill = (-1.0, 1 - 0.3 * k), int(u(170, 255))
+            lines.vessel(rng, at, u(-0.9, -0.3), u(-0.3, 0.3), u(1.3, 1.8), u(0.13, 0.17), fill, 1)
+        elif row == 1:
+            at, r, fill = (u(-0.5, 0.6), -0.9 + 0.36 * k + n(0, 0.08)), u(0.13, 0.18), int(u(170, 255))
+            flat = u(0.8, 1.2)
+            lines.dot(*at, r, r * flat, fill)
+            lines.dot(*at, 0.5 * r, 0.5 * r * flat, 60)
+        else:
+            at = u(0, 0.25), -0.65 + 0.24 * k + n(0, 0.04)
+            lines.vessel(rng, at, n(0, 0.12), 0, u(0.8, 1.0), 0.1, 255, 0)
+    early = 0.22 * power * lines.cover(0.03)[..., 0]
+    if score == 1:
+        return early + 0.03 * (row == 1), 0.0
+    if score == 2:
+        net = np.maximum(*(np.exp(-((wave / 0.22) ** 2)) for wave in noise[:2]))
+        return power * (0.15 * net * np.clip(0.9 + 0.35 * noise[2], 0.3, 1.4) + 0.02) + 0.4 * early, 0.4
+    bronchi = Layer(size)
+    for _ in range(9):
+        bronchi.vessel(rng, n(0, 0.55, 2), u(0, 2 * np.pi), 0, u(0.5, 0.9), u(0.08, 0.12), 255, 1)
+    fluff = np.clip(0.8 + 0.9 * noise[2] + 0.3 * noise[3], 0, 1.8)
+    return power * (0.19 * fluff + 0.05) * (1 - 0.75 * bronchi.cover(0.02)[..., 0]), 0.8
+
+
+def draw_cxr(seed, index, film, view, scores, size=224):
+    """One frontal film: (H, W) float32 whiteness 0-1; the masks of the right and the left lung, (H, W) uint8 0 or 255.
+
+    view: PA or AP; scores: six of ZONES, NaN where a zone is covered or outside the field; the short side has `size`
+    pixels. The patient stands on a square of +-1.05 (x right, y down), which is then turned, cut to a film and exposed.
+    Exposure, contrast and soft tissue vary more than congestion's haze: a zone's brightness says little of its score.
+    """
+    u = np.random.default_rng([seed, index, 1]).uniform  # what the films of a patient share
+    habit, broad, tall, wings, woman = u(-1, 1), u(0.58, 0.68), u(0.94, 1.06), u(0.5, 0.8), u(0, 1) < 0.5
+    rng = np.random.default_rng([seed, index, 2 + film])
+    u, n, ap, gone, side_px = rng.uniform, rng.normal, view == "AP", np.isnan(scores), int(1.2 * size)
+    axis, px = np.linspace(-1.05, 1.05, side_px, dtype=np.float32), 2.1 / side_px
+    x, y = axis[None] - 0.02 * n(), axis[:, None]
+    far = np.abs(x)
+
+    def step(distance, soft):
+        return np.clip(0.5 + distance / soft, 0, 1)
+
+    def bump(cx, cy, rx, ry):
+        return np.exp(-(((x - cx) / rx) ** 2)) * np.exp(-(((y - cy) / ry) ** 2))
+
+    # ---- body with shoulders and neck, light from the side, belly, heart, spine, windpipe, stomach, breasts
+    wide = 0.82 + 0.08 * habit + 0.06 * y + 0.5 * step(u(-0.45, -0.3) - y, 0.6)
+    wide = wide - (wide - 0.26) * step(-y - 0.86 - u(0, 0.06), 0.16) ** 0.5
+    white = 0.74 + 0.05 * habit - 0.1 * (x / wide) ** 2 + u(0.04, 0.11) * clouds(rng, 6, side_px)[..., 0]
+    white += x * u(-0.12, 0.12) + y * u(-0.12, 0.12)
+    domes = [tall * level - 0.12 * ap * u(0.3, 1) + u(-0.05, 0.05) for level in (0.34, 0.4)]  # right, left
+    white += 0.1 * step(y - sum(domes) / 2 - 0.2 + 0.3 * far, 0.4) + 0.05 * bump(0.12, 0.25, 0.3, 0.35)
+    white += u(0.04, 0.09) * step(0.1 - far, 0.04) * (1 + 0.35 * np.sin(36 * y + u(0, 6)))
+    white -= u(0.05, 0.12) * step(0.04 - np.abs(x + 0.01), 0.03) * step(-0.22 - y, 0.1)
+    white -= u(-0.1, 0.2) * bump(u(0.3, 0.42), domes[1] + 0.15, 0.15, 0.07)
+    for side in (-1, 1) if woman else ():
+        breast = np.hypot((x - side * u(0.36, 0.42)) / 0.34, (y - u(0.05, 0.25)) / 0.36)
+        white += u(0, 0.16) * step(1 - breast, 0.3)
+    # ---- lungs: beside the mediastinum, under the ribs, above the domes; their thirds
+    air, soft, big, lungs, thirds = 0.42 + u(-0.08, 0.08), u(0.02, 0.06), u(0.85, 1.1) + 0.15 * ap, [], []
+    for side, dome in zip((-1, 1), domes, strict=True):
+        t = (y - APEX) / (dome + 0.2 - APEX)  # 0 at the apex, 1 at the base
+        widest = 0.34 if side > 0 else 0.2  # height of the heart's border farthest out
+        heart = np.clip(1 - ((y - widest) / np.where(y > widest, 0.3, 0.5)) ** 2, 0, 1) ** 0.6
+        hilum = 0.12 + u(0.02, 0.07) * np.exp(-(((y + 0.08) / 0.14) ** 2))
+        hilum = hilum + 0.07 * (side > 0) * np.exp(-(((y + 0.36) / 0.09) ** 2))  # the arch of the aorta
+        inner = np.maximum(hilum, 0.07 + (0.36 if side > 0 else 0.13) * big * heart)
+        inner = 0.24 + (inner - 0.24) * np.clip(1 - (1 - t / 0.22) ** 2 * (t < 0.22), 0, 1) ** 0.5
+        outer = broad * (1 + 0.04 * n() + 0.05 * t) - 0.24
+        outer = 0.24 + outer * np.clip(1 - (1 - t / wings) ** 2 * (t < wings), 0, 1) ** 0.5
+        floor = dome + 0.24 * np.abs((side * x - 0.3) / 0.38) ** 2.2 * np.where(side * x > 0.3, 1, 0.4)
+        inside = np.minimum(np.minimum(side * x - inner, outer - side * x), floor - y)
+        lungs.append(step(inside, soft + px) * (y > APEX))
+        thirds.append([step(t - a, 0.06) * step(b - t, 0.06) for a, b in ((-1, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 9))])
+        white -= (air + u(-0.05, 0.05)) * lungs[-1]
+    # ---- ribs fall outward behind and inward in front; collar bones, shoulder blades, vessels from the hila
+    bones, metal, tree, ribs = Layer(side_px), Layer(side_px), Layer(side_px), u(0.03, 0.11)
+    cage = step(0.03 + broad * (1 - 0.25 * np.minimum(y + 0.3, 0) ** 2) - far, 0.05) * step(0.75 - y, 0.2)
+    for curve, gap, share in ((0.45 * far**2 - 0.12 * far, 0.155, 1.0), (-0.5 * far, 0.17, 0.6)):
+        wave = np.abs(((y - curve) / gap + u(0, 1)) % 1 - 0.5)
+        white += ribs * share * cage * step(0.2 - wave, 0.08) * (0.6 + 0.4 * step(wave - 0.13, 0.05))
+    for side in (-1, 1):
+        lift, tip = n(0, 0.03), n(0, 0.04)
+        bones.line([(side * 0.06, -0.58), (side * 0.25, -0.63 + lift), (side * 0.5, -0.72 + lift), (side, -0.8)], 0.045)
+        bones.line([(side * 0.95, -0.7), (side * (0.72 + tip), -0.15), (side * 0.95, -0.3)], 0.03, 110)
+        for heading in np.linspace(-1.45, 1.35, 8) + n(0, 0.1, 8):
+            start = side * (0.15 + 0.02 * n()), 0.1 * math.sin(heading) - 0.08
+            heading = heading if side > 0 else np.pi - heading
+            tree.vessel(rng, start, heading, n(0, 0.5), u(0.45, 0.62), u(0.018, 0.028), 220, 2)
+    white += u(0.06, 0.16) * bones.cover(0.012)[..., 0]
+    vessels, top, bottom = u(0.05, 0.16) * tree.cover(0.006)[..., 0], -2.0, 2.0
+    # ---- zone by zone: congestion, or what makes it ungradable: fluid below, a pad above, the end of the field
+    for zone, score in enumerate(scores):
+        row, side = divmod(zone, 2)
+        third = (domes[side] + 0.2 - APEX) / 3
+        cx, cy = 0.8 * side - 0.4, APEX + third * (row + 0.5)
+        if score > 0:
+            half = int(BOX / px)
+            i, j = (int((c + 1.05) / px) - half for c in (cy, cx))
+            box = slice(i, i + 2 * half), slice(j, j + 2 * half)
+            own = np.random.default_rng([seed, index, 10 + 6 * film + zone])
+            extra, hidden = draw_congestion(own, row, score, 2 * half)
+            share = lungs[side][box] * thirds[side][row][box[0]]
+            vessels[box] *= 1 - hidden * share
+            white[box] += share * extra[:, :: 2 * side - 1]
+        elif not gone[zone] or gone.all():
+            continue
+        elif row == 2 and gone[4:].all():
+            bottom = APEX + 2 * third
+        elif row == 2:
+            white += 0.8 * air * lungs[side] * step(y - APEX - 1.8 * third + 0.25 * (far - 0.3), 0.12)
+        elif row == 0 and gone[:2].all():
+            top = APEX + third
+        else:
+            metal.line([(cx - 0.25, cy), (cx + 0.25, cy)], 0.42, 235)
+            metal.line([(cx - 0.21, cy), (cx + 0.21, cy)], 0.34, 185)
+    white += vessels * np.maximum(*lungs)
+    # ---- wires and marker; the field; turned and cut to a film in portrait or landscape
+    for _ in range(rng.integers(0, 4) if ap else 0):
+        at = u(-0.6, 0.6, 2)
+        metal.vessel(rng, at, u(0, 2 * np.pi), u(-1.5, 1.5), u(0.8, 1.6), 0.012, 120, 0)
+        metal.dot(*at, 0.025, 0.025, 200)
+    if rng.random() < 0.8:
+        mx, my = u(-0.78, -0.7), u(-0.66, -0.5)
+        letter = (0, 2), (0, 0), (1.2, 0), (1.2, 1), (0, 1), (1.2, 2)  # R at the patient's right
+        metal.line([(mx + 0.035 * a, my + 0.035 * b) for a, b in letter], 0.015)
+    white = white * step(wide - far, 0.05) + 0.7 * metal.cover()[..., 0]
+    white = np.where((y > top) & (y < bottom), white, np.float32(-9))
+    width, height = (size, int(size * u(1, 1.2)))[:: 1 if rng.random() < 0.6 else -1]
+    turn, zoom, shift, matrix = n(0, 0.035), 0.875 / u(0.97, 1.1), n(0, 0.025, 2), []
+    for k, (a, b) in enumerate(((math.cos(turn), -math.sin(turn)), (math.sin(turn), math.cos(turn)))):
+        a, b = 2 * zoom * a / (width * size) ** 0.5 / px, 2 * zoom * b / (height * size) ** 0.5 / px
+        matrix += [a, b, (1.05 + shift[k]) / px - (a * width + b * height) / 2]
+
+    def cut(image, how):
+        return np.asarray(Image.fromarray(image).transform((width, height), Image.Transform.AFFINE, matrix, how))
+
+    white = cut(white, Image.Resampling.BILINEAR)
+    masks = [cut(np.uint8(255 * (lung > 0.5)), Image.Resampling.NEAREST) for lung in lungs]
+    # ---- a film of no use is blurred and pale; noise, exposure, contrast
+    if gone.all():
+        blurred = Image.fromarray(np.uint8(255 * np.clip(white, 0, 1))).filter(ImageFilter.GaussianBlur(0.05 * size))
+        white = 0.4 + 0.3 * np.float32(blurred) / 255
+    noise = n(0, 1, white.shape).astype(np.float32)
+    noise[1:] += u(0, 0.5) * noise[:-1]
+    white = white + noise * u(0.004, 0.02)
+    return (1 / (1 + np.exp((u(0.4, 0.54) - white) / u(0.12, 0.27)))) ** u(0.75, 1.35), masks
+
+
+# ==== Chest films: files ========================================================================================
+
+
+def write_cxr(index, out, seed, size):
+    """Draw the films of one patient and write them with their masks; returns their rows of labels.csv."""
+    diagnosis, films = draw_course(seed, index)
+    depth = np.uint16 if np.random.default_rng([seed, index, 4]).random() < 0.4 else np.uint8  # by the patient's device
+    rows = []
+    for film, (view, scores) in enumerate(films):
+        name, known = f"P{index:04d}_{film + 1}", scores[~np.isnan(scores)]
+        image, masks = draw_cxr(seed, index, film, view, scores, size)
+        grey = depth(np.rint(image * np.float32(np.iinfo(depth).max)))
+        Image.fromarray(grey).save(out / "images" / f"{name}.png", compress_level=1)
+        for side, mask in zip(("right", "left"), masks, strict=True):
+            Image.fromarray(mask).save(out / "masks" / f"{name}_{side}_lung_mask.png")
+        csi = round(float(known.mean()), 4) if len(known) else None
+        rows.append([name, *scores, csi, f"P{index:04d}", view, diagnosis])
+    return rows
+
+
+def make_cxr(args):
+    """Write all files of the chest film demo."""
+    if args.size < 64:
+        raise UserError(f"--size {args.size}: too small for six zones (use 64 or more)")
+    for folder in ("images", "masks"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    rows = sum(run_all(partial(write_cxr, out=args.out, seed=args.seed, size=args.size), args), [])
+    table = pd.DataFrame(rows, columns=CXR_COLUMNS).astype(dict.fromkeys(ZONES, "Int64"))  # an empty cell: unknown
+    table.to_csv(args.out / "labels.csv", sep=";", index=False)
+    print(f"{len(rows)} films of {args.n} patients (short side {args.size}) -> {args.out / 'labels.csv'}")
+
+
 # ==== Main =====================================================================================================
 
 
@@ -774,10 +997,15 @@ def parse_args(argv=None):
     ct.add_argument("--slices", type=int, default=16, help="slices of a volume")
     ct.add_argument("--no-nifti", dest="nifti", action="store_false", help="leave out the CT-RATE tree")
     fundus = commands.add_parser("fundus", help="left and right fundus pictures and reports", formatter_class=show)
-    for command, run, out, n, size in ((ct, make_ct, "demo", 500, 96), (fundus, make_fundus, "demo/fundus", 400, 128)):
+    cxr = commands.add_parser("cxr", help="chest films, their congestion scores and lung masks", formatter_class=show)
+    for command, run, out, n, size in (
+        (ct, make_ct, "demo", 500, 96),
+        (fundus, make_fundus, "demo/fundus", 400, 128),
+        (cxr, make_cxr, "demo/cxr", 400, 224),
+    ):
         command.add_argument("--out", type=Path, default=Path(out), help="folder to write to")
-        command.add_argument("--n", type=int, default=n, help="number of patients, one volume or two pictures each")
-        command.add_argument("--size", type=int, default=size, help="side of a slice or picture in pixels")
+        command.add_argument("--n", type=int, default=n, help="patients: a volume, two pictures, or 1-2 films each")
+        command.add_argument("--size", type=int, default=size, help="side in pixels; of a film, the short one")
         command.add_argument("--seed", type=int, default=42, help="seed of patients, findings and noise")
         command.add_argument("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="drawing processes")
         command.set_defaults(run=run)
@@ -789,8 +1017,10 @@ def main(argv=None):
     try:
         if args.n < 10 or args.size < 32:
             raise UserError(f"--n {args.n} --size {args.size}: too few patients, too small (use 10 and 32 or more)")
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed}: negative (use 0 or more)")
         args.run(args)
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
