@@ -1269,7 +1269,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: refused, it holds more than data: {unsafe_globals(path)}") from e
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as e:
         raise UserError(f"{path}: not a whole checkpoint (use an older one)") from e
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+    whole = isinstance(checkpoint, dict) and {"task", "args", "model"} <= checkpoint.keys()
+    if not whole or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this toolkit (bare weights are given with --pretrained)")
     return checkpoint
 
@@ -2712,6 +2713,8 @@ def _as_words(action: argparse.Action, value) -> list[str]:
         return [flag] if on else [off] if off in action.option_strings else []
     if value is None or str(value).strip() == "":
         return []
+    if action.nargs == "?" and str(value).strip().lower() in ("true", "yes", "on", "false", "no", "off"):
+        return [flag] if str(value).strip().lower() in ("true", "yes", "on") else []
     return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
 
 

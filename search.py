@@ -1,8 +1,8 @@
 """Search for hyper-parameters with a training script of this folder: Optuna on a journal file, or a W&B sweep.
 
 The script calls main(args, argv, its own module) for the modes hyperopt, train-optimized, sweep and sweep-agent, and
-for a training that a W&B agent has started. Of the module are used: parse_args, check_environment, build_datasets,
-train, LAST, WANDB_PROJECT, and PRUNE, which train() calls after an evaluation with (step, metrics).
+for a training that a W&B agent has started. Used of it: parse_args, check_environment, read_scores, split_path,
+build_datasets, train, LAST, WANDB_PROJECT, and PRUNE, which train() calls after an evaluation with (step, metrics).
 
 A trial is a training in a folder of its own beside the journal (trials/0007) and locked by the process that trains it,
 as long as that lives. Whoever looks for work first continues, bit for bit, a trial that nobody has locked.
@@ -42,11 +42,12 @@ SPACE = {  # what can be searched: ("log" or "linear", lowest, highest), or a li
     "weight_decay": ("log", 1e-6, 1e-2),
     "dropout_rate": ("linear", 0.1, 0.7),
     "optimizer": ["adam", "adamw", "sgd"],
-    "unknown_weight": ("linear", 0.1, 1.0),
     "batch_size": [8, 16, 32, 64],  # those that the training set fills
     "scheduler": ["plateau", "step", "cosine", "constant"],
+    "unknown_weight": ("linear", 0.1, 1.0),
     "loss": ["ce", "corn", "cdw", "emd"],
 }
+BLIND = {"loss": ["val_loss"], "unknown_weight": ["val_loss", "qwk", "csi_correlation"]}  # monitors that do not see it
 # A study is of one setting: only these may be others when it goes on, and what is searched.
 FREE = {"mode", "config", "output_dir", "journal", "study_name", "n_trials", "search_workers", "hyperparams", "resume"}
 FREE |= {"overwrite", "device", "num_workers", "pin_memory", "timeout_minutes", "tensorboard", "log_interval", "export"}
@@ -127,9 +128,6 @@ def open_study(args):
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if args.monitor == "val_loss" and {"loss", "unknown_weight"} & set(args.search_params):
-        raise UserError("--monitor val_loss cannot compare losses (--monitor qwk, or leave loss and unknown_weight out "
-                        "of --search-params)")  # fmt: skip
     journal, patience = journal_of(args), max(2, args.epochs // 5)
     pruner = {
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=patience),
@@ -152,7 +150,15 @@ def open_study(args):
         space = {name: SPACE[name] for name in args.search_params}
         setting = common.json_safe({"search_params": args.search_params, "space": space} | setting)
         if "setting" not in study.user_attrs:
-            study.set_user_attr("batch_sizes", usable_batches(args))  # reads the data: a mistake in it is found now
+            quick, source = deepcopy(args), script.split_path(script.read_scores(args.csv, args), args)
+            if source:  # not the CSV says it: from now on a file beside the journal, made by build_datasets if missing
+                quick.split_file = kept = journal.parent / "split.csv"
+                if source.exists() and kept.exists() and source.read_bytes() != kept.read_bytes():
+                    raise UserError(f"{kept}: is not the split of {source} (move one away, or take another --journal)")
+                if source.exists():
+                    common.write_atomic(kept, source.read_bytes())
+            study.set_user_attr("batch_sizes", usable_batches(quick))  # reads the data: a mistake in it is found now
+            study.set_user_attr("split", source and str(kept.absolute()))
             study.set_user_attr("setting", setting)
     then = study.user_attrs["setting"]
     for name in [*setting, *then]:
@@ -287,8 +293,10 @@ def run_trial(study, trial, args, ctx) -> int:
 
     folder, sign = trial_folder(args, trial.number), 1 if args.monitor == "val_loss" else -1
     now = deepcopy(args)
-    vars(now).update(trial.params, mode="train", output_dir=folder, resume="auto", overwrite=False, export=None)
-    same_split(args.output_dir, folder)
+    vars(now).update(trial.params, mode="train", output_dir=folder, resume="auto", export=None, top_k=1)
+    if study.user_attrs.get("split"):
+        now.split_file = folder / "split.csv"
+        same_split(journal_of(args).parent / "split.csv", folder)
     values = dict(study.get_trials()[trial.number].intermediate_values)  # evaluation (1, 2, ...): what is monitored
     tries, error, code = trial.user_attrs.get("tries", []), None, 0
 
@@ -340,10 +348,10 @@ def run_trial(study, trial, args, ctx) -> int:
 
 
 def same_split(source: Path, folder: Path) -> None:
-    """A split that the script has made in one folder serves the trainings in others."""
-    if (source / "split.csv").exists() and not (folder / "split.csv").exists():
+    """A split that was made in one folder serves the trainings in others."""
+    if not (folder / "split.csv").exists():
         common.make_folder(folder)
-        common.link_file(source / "split.csv", folder / "split.csv")
+        common.link_file(source, folder / "split.csv")
 
 
 def run_workers(args, ctx, study, argv) -> int:
@@ -409,18 +417,22 @@ def write_results(study, args, final: bool = False) -> None:
             row |= {"seconds": round(t.duration.total_seconds(), 1) if t.duration else None}
             rows.append(row | {"reason": t.user_attrs.get("reason", "")})
         common.write_csv(folder / "trials.csv", pd.DataFrame(rows))
-        complete = [row for row in rows if row["state"] == "complete"]
-        if not complete:
+        order = [row for row in rows if row["state"] == "complete"]
+        order.sort(key=lambda row: row["value"], reverse=better(args) is max)
+        if not order:
             return
-        order = sorted(complete, key=lambda row: row["value"], reverse=better(args) is max)
         first, states = order[0], [row["state"] for row in rows]
         best = {
             "params": {name: first[name] for name in args.search_params}, "value": first["value"],
             "monitor": args.monitor, "trial": first["number"], "folder": first["folder"], "model": args.model,
             "n_complete": len(order), "n_pruned": states.count("pruned"), "n_failed": states.count("fail"),
             "study_name": args.study_name, "versions": common.versions() | {"optuna": optuna.__version__},
+            "setting": study.user_attrs["setting"], "split_file": study.user_attrs.get("split"),
         }  # fmt: skip
         common.write_atomic(folder / "best_params.json", json.dumps(best, indent=1) + "\n")
+        others = [row["folder"] for row in rows if row is not first and row["state"] not in ("running", "waiting")]
+        for path in (path for x in others for path in Path(x, script.LAST).parent.glob("*.pth")):
+            path.unlink(missing_ok=True)  # only now: 100 models would fill a disk
         page = folder / "search.html"
         if final or not page.exists() or time.time() - page.stat().st_mtime > 30:
             write_page(page, study, args, rows, order, best)
@@ -455,8 +467,7 @@ def write_page(page: Path, study, args, rows: list[dict], order: list[dict], bes
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     save("history.png", figure)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of too few trials: the note tells it
+    with warnings.catch_warnings(action="ignore"):  # of too few trials: the note tells it
         importances = optuna.importance.get_param_importances(study)
     note = f"Only {len(order)} complete trials: below ten this is hardly more than noise." if len(order) < 10 else ""
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(importances)), layout="constrained")
@@ -497,16 +508,25 @@ def optimized(args, argv=None):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         params = checked_params(found.get("params") if isinstance(found, dict) else None, path)
+        then, kept = {"model": found.get("model"), **found.get("setting", {})}, Path(found.get("split_file") or "")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror} (--mode hyperopt writes it)") from e
-    except (ValueError, RecursionError, OverflowError) as e:
+    except (ValueError, TypeError, RecursionError, OverflowError) as e:
         raise UserError(f"{path}: no JSON of --mode hyperopt (lines of 'key = value' go into an .ini file, below a "
                         "[section], for --config)") from e  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
     words += [f"--monitor={found['monitor']}"] if "monitor" in found else []  # which the values are best by
     args = script.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
-    if found.get("model") not in (None, args.model):
-        print(f"warning: {path} was found for {found['model']}, not for {args.model}", file=sys.stderr)
+    now, names = common.plain_args(args), "model loss image_size csv num_classes zone_focus seed split".split()
+    other = [f"{name} {then[name]}, not {now[name]}" for name in names if then.get(name) not in (None, now.get(name))]
+    mine = args.split_file or args.output_dir / "split.csv"
+    if kept.is_file() and args.split_file is None and then.get("csv") == now["csv"]:
+        same_split(kept, args.output_dir)
+        args.split_file = mine if then.get("split_file") else None  # else a column of the CSV would win
+    if kept.name and not (kept.is_file() and mine.is_file() and kept.read_bytes() == mine.read_bytes()):
+        other.append(f"the split {kept}, which is not used")
+    if other:
+        print(f"warning: {path} was found for {'; '.join(other)}", file=sys.stderr)
     print(f"{path}: " + ", ".join(f"{name} {getattr(args, name)}" for name in params))
     return args
 
@@ -623,7 +643,8 @@ def sweep_run(args) -> None:
     entries = yaml.safe_load(Path(path).read_text()).items()
     params = checked_params({k: v["value"] for k, v in entries if isinstance(v, dict) and "value" in v}, path)
     folder = args.output_dir / "sweeps" / run
-    same_split(args.output_dir, folder)
+    if (args.output_dir / "split.csv").exists():
+        same_split(args.output_dir / "split.csv", folder)
     vars(args).update(params, output_dir=folder)
     print(f"sweep run {run}: " + ", ".join(f"{k} {v}" for k, v in params.items()) + f" -> {folder}")
 
@@ -631,6 +652,9 @@ def sweep_run(args) -> None:
 def main(args, argv, module) -> int:
     global script
     script = module
+    blind = " and ".join(name for name in args.search_params if args.monitor in BLIND.get(name, []))
+    if blind and args.mode in ("hyperopt", "sweep"):
+        raise UserError(f"--monitor {args.monitor} cannot judge {blind} (--monitor f1_macro, or search without it)")
     if args.wandb_entity:
         os.environ["WANDB_ENTITY"] = args.wandb_entity
     if args.mode == "sweep":

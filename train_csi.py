@@ -14,8 +14,8 @@ Weights  --pretrained true (those the model is known for: torchvision's file, or
          default, but for Custom_1, which has none), a file (torchvision, TorchXRayVision state dict, CheXNet, RAD-DINO,
          the original tool's or one of ours), or 'none'
 CPU      python demo_data.py cxr --out demo/cxr --n 400
-         python train_csi.py --csv demo/cxr/labels.csv --image-dir demo/cxr/images --model Custom_1 --pretrained none \\
-             --image-size 128 --epochs 10 --output-dir runs/csi
+         python train_csi.py --csv demo/cxr/labels.csv --image-dir demo/cxr/images --model Custom_1 --image-size 128 \\
+             --epochs 30 --batch-size 16 --scheduler cosine --output-dir runs/csi
 1 GPU    python train_csi.py --mode train --config configs/csi.ini --amp
 N GPUs   torchrun --nproc_per_node N -- train_csi.py ... (--batch-size is per process)
 Search   python train_csi.py --mode hyperopt --n-trials 100 --journal hyperopt/study.journal, again to go on; then
@@ -36,6 +36,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ SCHEDULERS = {
     "cosineannealinglr": "cosine",
     "cosineannealing": "cosine",
 }
-SEARCHED = ("lr", "weight_decay", "dropout_rate", "optimizer", "unknown_weight", "batch_size", "scheduler", "loss")
+SEARCHED = ("lr", "weight_decay", "dropout_rate", "optimizer", "batch_size", "scheduler", "unknown_weight", "loss")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".nii.gz", ".nii", ".dcm", ".dicom")
 MAX_PIXELS = 100_000_000  # of one film
 PRUNE = None  # set by a search: (evaluation's step, metrics) -> whether the trial is hopeless
@@ -161,8 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
         "zones are left out)")  # fmt: skip
     add("--zone-focus", choices=["pool", "masking", "none"], default="pool", help="zones of the last feature map, "
         "images with one zone each as in the original tool, or the whole film for every zone")  # fmt: skip
-    add("--masking-strategy", choices=["attention", "zero"], default="attention", help="what masking does to the rest "
-        "of a film: dimmed, or 0")  # fmt: skip
+    add("--masking-strategy", choices=["attention", "zero"], default="zero", help="what masking does to the rest of a "
+        "film: dimmed, or 0, which is what the original tool computes for both")  # fmt: skip
     add("--attention-strength", type=float, default=0.7, help="weight of the zone; the rest has 1 minus it")
     add("--dropout-rate", type=float, default=0.5, help="dropout in the classification head")
     add("--freeze-backbone", action="store_true", help="train the head alone")
@@ -197,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(of --export and train_model)")  # fmt: skip
 
     add("--n-trials", type=int, default=50, help="trials of the search, all in all")
-    add("--search-params", nargs="+", choices=list(SEARCHED), default=list(SEARCHED)[:6], metavar="NAME",
+    add("--search-params", nargs="+", choices=list(SEARCHED), default=list(SEARCHED)[:5], metavar="NAME",
         help=f"what is searched, of {', '.join(SEARCHED)}")  # fmt: skip
     add("--sampler", choices=["tpe", "random"], default="tpe", help="how the search chooses values")
     add("--pruner", choices=["median", "successive_halving", "none"], default="median", help="how it ends poor trials")
@@ -260,7 +261,7 @@ class Config(argparse.Namespace):
     names = {"n_epochs": "epochs", "learning_rate": "lr", "model_arch": "model", "patience": "plateau_patience"}
     names |= {"factor": "plateau_factor"}
     read = {"model": model_name, "scheduler": scheduler_name}
-    read |= {"pretrained": lambda x: {"false": "none", "no": "none"}.get(str(x).lower(), str(x))}
+    read |= {"pretrained": lambda x: "none" if str(x).lower() in ("false", "no", "off", "0") else str(x)}
     read |= dict.fromkeys(("csv", "image_dir", "mask_dir", "split_file", "output_dir", "export", "journal"), Path)
 
     def __getattr__(self, name):
@@ -270,6 +271,8 @@ class Config(argparse.Namespace):
 
     def __setattr__(self, name, value):
         name = Config.names.get(name, name)
+        if name == "model" and getattr(self, "image_size", None) in (224, 518):  # the defaults
+            self.image_size = 518 if model_name(value) == "RadDINO" else 224
         super().__setattr__(name, Config.read[name](value) if name in Config.read and value is not None else value)
 
 
@@ -281,8 +284,8 @@ def parse_args(argv=None) -> Config:
     args.pretrained = args.pretrained or ("none" if args.model == "Custom_1" else "true")
     args.image_size = args.image_size or (518 if args.model == "RadDINO" else 224)
     args.monitor = args.monitor or ("qwk" if args.mode in ("hyperopt", "sweep", "sweep-agent") else MONITOR)
-    args.masked, args.mean, args.std = args.mask_dir is not None, None, None  # the last two as the weights are
-    args.rectified = True  # DenseNet's last ReLU, which the original tool leaves out
+    args.masked = args.mask_dir is not None
+    args.mean = args.std = args.rectified = None  # as the weights are: scale of the pixels, DenseNet's last ReLU
     common.check_positive(args)
     if not len(set(args.label_columns)) == len(args.label_columns) == len(ZONES):
         raise UserError(f"--label-columns takes six different ones, in the order {', '.join(ZONES)}")
@@ -301,6 +304,8 @@ def parse_args(argv=None) -> Config:
     if args.export and (args.loss, args.num_classes, args.zone_focus == "pool") != ("ce", 5, False):
         raise UserError("--export: the original tool has no such model (only with --loss ce, --num-classes 5 and "
                         "--zone-focus masking or none)")  # fmt: skip
+    if args.export and args.normalization not in ("auto", "medical"):
+        raise UserError(f"--export: the original tool does not scale pixels by --normalization {args.normalization}")
     for name, (low, high) in DOCUMENTED.items():
         if not low <= getattr(args, name) <= high and int(os.environ.get("RANK", 0)) == 0:
             print(f"warning: {name} {getattr(args, name):g} is outside the recommended {low:g} to {high:g}",
@@ -316,7 +321,7 @@ def args_from_checkpoint(saved: dict, **overrides) -> Config:
     args = Config(**vars(build_parser().parse_args([])))
     vars(args).update(saved["args"])
     given = {k: v for k, v in overrides.items() if v is not None}
-    if Path(given.get("csv", args.csv)) != Path(args.csv):
+    if Path(given.get("csv", args.csv)).resolve() != Path(args.csv).resolve():
         vars(args).update({"split": "all", "split_file": None})
         args.mask_dir = None if "mask_dir" not in given else args.mask_dir
     vars(args).update(given)
@@ -342,7 +347,8 @@ class ChestFilms(Dataset):
     """Films of one split. An item is keyed by (epoch, index), or index: augmentation is a function of the key alone.
 
     Item: image (1, S, S) float32 in [0, 1]; target (6,) int64, 0-3 or UNKNOWN, in the order of ZONES; index; bad = 1
-    if the film could not be read (--on-bad-sample skip); with --mask-dir zones (S, S) uint8, 1-6 where a zone is.
+    if the film could not be read (--on-bad-sample skip); zones (S, S) uint8, 1 + place in ZONES where a zone is:
+    thirds of each lung's height with --mask-dir, else thirds and halves of the film.
     """
 
     def __init__(self, args, split: str, train: bool):
@@ -373,15 +379,15 @@ class ChestFilms(Dataset):
         unknown = 1 - known.size / self.targets.size
         return f"{self.ids[0]}, {len(set(self.groups))} patients, scores {found}, unknown {unknown:.0%}"
 
-    def read(self, index: int, film: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """-> film (S, S) uint16, its grey levels as 0-65535, and zones (S, S) uint8 or None. Raises UserError."""
+    def read(self, index: int, film: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """-> film (S, S) uint16, its grey levels as 0-65535, and zones (S, S) uint8. Raises UserError."""
         a = self.args
         film = read_film(self.paths[index]) if film is None else film
         levels = fitted(grey_levels(film, a.clip_percent, self.paths[index]), a, Image.Resampling.BILINEAR)
-        zones = read_zones(a.mask_dir, self.ids[index], film.shape, a) if a.mask_dir else None
+        zones = read_zones(a.mask_dir, self.ids[index], film.shape, a) if a.mask_dir else film_zones(film.shape, a)
         return np.rint(levels.clip(0, 1) * 65535).astype(np.uint16), zones
 
-    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self.read(index) if self.memory is None or self.memory[index] is None else self.memory[index]
 
     def load_to_memory(self, say) -> None:
@@ -412,16 +418,16 @@ class ChestFilms(Dataset):
                     raise
                 if not self.train:  # in evaluation it stays in its place, marked
                     side = a.image_size
-                    found = np.zeros((side, side), np.uint16), np.ones((side, side), np.uint8) if a.masked else None
+                    found = np.zeros((side, side), np.uint16), np.ones((side, side), np.uint8)
                 else:
                     source = (source + 1) % len(self)  # the next film and its scores together
-        image, zones = torch.from_numpy(found[0].astype(np.float32))[None] / 65535, found[1]
-        zones, target = None if zones is None else torch.from_numpy(zones), torch.from_numpy(self.targets[source])
+        image, zones = torch.from_numpy(found[0].astype(np.float32))[None] / 65535, torch.from_numpy(found[1])
+        target = torch.from_numpy(self.targets[source])
         if self.train and a.augment:
             rng = np.random.default_rng((a.seed, epoch, index))
             image, zones, target = augmented(image, zones, target, rng, a)
-        item = {"image": image, "target": target, "index": torch.tensor(index), "bad": torch.tensor(bad)}
-        return item if zones is None else item | {"zones": zones}
+        item = {"image": image, "zones": zones, "target": target}
+        return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
 
 
 def read_scores(path: Path, args) -> pd.DataFrame:
@@ -621,13 +627,20 @@ def read_dicom(path: Path) -> np.ndarray:
         raise UserError(f"{path}: not one grey image (colour, several frames, or no pixels at all)")
     check_size(path, data.Rows, data.Columns)
     try:
-        film = np.asarray(apply_modality_lut(data.pixel_array, data), np.float32)
+        stored = data.pixel_array
+        film = np.asarray(apply_modality_lut(stored, data), np.float32)
     except RuntimeError as e:
         if "missing dependencies" not in str(e):
             raise
         name = data.file_meta.TransferSyntaxUID.name
         raise UserError(f"{path}: no decoder of {name} is installed (pip install 'pylibjpeg[all]')") from e
-    return film.max() + film.min() - film if kind == "MONOCHROME1" else film
+    real = stored != data.get("PixelPaddingValue")  # padding may be brighter than any bone
+    if not np.any(real):
+        raise UserError(f"{path}: nothing but padding")
+    film = film[real].max() + film[real].min() - film if kind == "MONOCHROME1" else film
+    film = np.where(real, film, film[real].min())
+    rows = data.get("PatientOrientation") or [""]
+    return film[:, ::-1] if rows[0].startswith("R") else film  # the patient's right is image left everywhere
 
 
 def grey_levels(film: np.ndarray, clip_percent: float, path) -> np.ndarray:
@@ -642,14 +655,27 @@ def grey_levels(film: np.ndarray, clip_percent: float, path) -> np.ndarray:
     return np.clip(levels, 0, 1, out=levels)
 
 
+def box_of(shape, args) -> tuple[slice, slice]:
+    """Where a film (H, W) lies in the square: its longer side fills it, or, with --no-keep-aspect, both do."""
+    side, longest = args.image_size, max(shape)
+    size = [max(1, round(n * side / longest)) if args.keep_aspect else side for n in shape]
+    return tuple(slice((side - n) // 2, (side - n) // 2 + n) for n in size)
+
+
 def fitted(image: np.ndarray, args, how) -> np.ndarray:
-    """(H, W) -> (S, S): the longer side fills the square and 0 the rest, or, with --no-keep-aspect, stretched."""
-    side, (h, w) = args.image_size, image.shape
-    scale = side / max(h, w)
-    size = (max(1, round(h * scale)), max(1, round(w * scale))) if args.keep_aspect else (side, side)
-    small = np.asarray(Image.fromarray(image).resize(size[::-1], how))
-    out, top, left = np.zeros((side, side), image.dtype), (side - size[0]) // 2, (side - size[1]) // 2
-    out[top : top + size[0], left : left + size[1]] = small
+    """(H, W) -> (S, S): the film in its box, and 0 around it."""
+    out, (rows, columns) = np.zeros((args.image_size,) * 2, image.dtype), box_of(image.shape, args)
+    size = columns.stop - columns.start, rows.stop - rows.start
+    out[rows, columns] = np.asarray(Image.fromarray(image).resize(size, how))
+    return out
+
+
+def film_zones(shape, args) -> np.ndarray:
+    """(S, S) uint8: 1 + place in ZONES, thirds of the film's height and halves of its width; 0 around the film."""
+    out, (rows, columns) = np.zeros((args.image_size,) * 2, np.uint8), box_of(shape, args)
+    h, w = rows.stop - rows.start, columns.stop - columns.start
+    third, half = (np.arange(n) // max(1, n // k) for n, k in ((h, 3), (w, 2)))
+    out[rows, columns] = 1 + 2 * third.clip(max=2)[:, None] + half.clip(max=1)
     return out
 
 
@@ -681,6 +707,8 @@ def read_zones(folder: Path, film: str, shape, args) -> np.ndarray:
 
 
 def mask_files(folder: Path, film: str) -> list[Path]:
+    if Path(film).name != film:
+        raise UserError(f"film {film}: a FileID with a path in it leads out of {folder} (--mask-dir)")
     return [folder / f"{film}_{side}_lung_mask.png" for side in ("left", "right")]
 
 
@@ -694,8 +722,7 @@ def augmented(image, zones, target, rng, args):
     theta = torch.tensor([[[cos * side, -sin, 2 * u[2] * args.shift], [sin * side, cos, 2 * u[3] * args.shift]]])
     grid = F.affine_grid(theta.float(), (1, 1, *image.shape[-2:]), align_corners=False)
     image = F.grid_sample(image[None], grid, "bilinear", align_corners=False)[0]
-    if zones is not None:
-        zones = F.grid_sample(zones[None, None].float(), grid, "nearest", align_corners=False)[0, 0].to(torch.uint8)
+    zones = F.grid_sample(zones[None, None].float(), grid, "nearest", align_corners=False)[0, 0].to(torch.uint8)
     if mirror:
         target, zones = mirrored(target, zones)
     mean = image.mean()
@@ -703,10 +730,10 @@ def augmented(image, zones, target, rng, args):
     return image, zones, target
 
 
-def mirrored(target, zones=None):
+def mirrored(target, zones):
     """Scores (..., 6) and zones of a film that is mirrored: left and right change places."""
     target = target.unflatten(-1, (3, 2)).flip(-1).flatten(-2)
-    return target, None if zones is None else torch.where(zones > 0, (zones - 1 ^ 1) + 1, zones)
+    return target, torch.where(zones > 0, (zones - 1 ^ 1) + 1, zones)
 
 
 def data_file(args, split: str | None = None) -> Path:
@@ -980,7 +1007,7 @@ class ZoneModel(nn.Module):
             if getattr(self.args, name):
                 value = torch.tensor(getattr(self.args, name), device=self.mean.device)
                 setattr(self, name, value.view(-1, 1, 1))
-        self.backbone.rectified = self.args.rectified
+        self.backbone.rectified = self.args.rectified is not False
 
     def train(self, mode: bool = True):
         """Frozen parts keep their batch-norm statistics and use no dropout."""
@@ -991,13 +1018,13 @@ class ZoneModel(nn.Module):
     def features(self, image, zones=None):
         """-> features (B, 6, D), and the last map (B, D, h, w) they are of, or a list of the zones' six."""
         x = ((image - self.mean) / self.std).expand(-1, 3, -1, -1)
+        masks = zone_masks(zones, x)  # (B, 6, S, S) of 0 and 1
         if self.args.zone_focus == "pool":
             last = self.last_map(x)
-            return pool_zones(last, zones), last
+            return pool_zones(last, masks), last
         if self.args.zone_focus == "none":
             last = self.last_map(x)
             return pooled(last)[:, None].expand(-1, len(ZONES), -1), last
-        masks = zone_masks(zones, x)  # (B, 6, S, S) of 0 and 1
         strength = self.args.attention_strength if self.args.masking_strategy == "attention" else 1.0
         weights = masks * strength + (1 - masks) * (1 - strength)
         maps = [self.last_map(x * weights[:, i : i + 1]) for i in range(len(ZONES))]
@@ -1026,11 +1053,9 @@ def zone_masks(zones, x):
     return (zones[:, None] == index[:, None, None]).to(x.dtype).expand(len(x), -1, -1, -1)
 
 
-def pool_zones(x, zones=None):
-    """Map (B, D, h, w) -> (B, 6, D): the mean of each zone; without masks of thirds and halves, 3 rows by 2 columns."""
-    if zones is None:
-        return F.adaptive_avg_pool2d(x, (3, 2)).flatten(2).transpose(1, 2)
-    weights = F.adaptive_avg_pool2d(zone_masks(zones, x), x.shape[-2:])  # share of each cell that is in the zone
+def pool_zones(x, masks):
+    """Map (B, D, h, w), masks (B, 6, S, S) -> (B, 6, D): the mean over each zone; a cell counts by its share in it."""
+    weights = F.adaptive_avg_pool2d(masks, x.shape[-2:])  # not of x: its backward pass is not deterministic on CUDA
     weights = weights / weights.sum((2, 3), keepdim=True).clamp(min=1e-6)
     return torch.einsum("bzhw,bdhw->bzd", weights, x)
 
@@ -1075,7 +1100,7 @@ def from_original(state: dict, name: str) -> dict:
                 out[key.replace("backbone.backbone.model.", "backbone.")] = value
         elif name == "ResNet50" and key.startswith("backbone.features."):
             place, rest = key.removeprefix("backbone.features.").split(".", 1)
-            out[f"backbone.{PLACES[place]}.{rest}"] = value
+            out[f"backbone.{PLACES.get(place, place)}.{rest}"] = value
         else:
             out[key] = value
     return out
@@ -1100,21 +1125,53 @@ def known_weights(name: str) -> tuple[dict, str]:
         ) from e
 
 
+def pretrained_weights(args) -> tuple[dict, str, dict]:
+    """-> weights in the names of `ZoneModel`, where they are from, and the mean, std and rectified they expect."""
+    source = args.pretrained
+    if source.lower() in ("true", "yes", "on", "imagenet"):
+        state, source = known_weights(args.model)
+    else:
+        own = own_checkpoint(source)
+        if own:
+            state, then = own["ema"] or own["model"], own["args"]
+            if (then["loss"], then["num_classes"]) != (args.loss, args.num_classes):  # other outputs, in the same shape
+                state = {k: v for k, v in state.items() if not k.startswith("head.")}
+            return state, source, {name: then[name] for name in ("mean", "std", "rectified")}
+        state = common.load_weights(source)
+    state, kind = model_weights(state, args)
+    mean, std = NORMALIZATIONS.get(kind, NORMALIZATIONS["medical"])
+    return state, source, {"mean": mean, "std": std, "rectified": kind != "original"}
+
+
+def own_checkpoint(path) -> dict | None:
+    """A checkpoint of this script; None if the file is another one."""
+    try:
+        saved = common.load_checkpoint(path)
+    except UserError:
+        return None
+    return saved if saved["task"] == TASK else None
+
+
 def build_model(args, say=print) -> ZoneModel:
-    """The model with its pretrained weights, on the CPU; `args.mean` and `args.std` become what those expect."""
-    state, kind = {}, "medical"
-    if args.pretrained != "none":
-        known = args.pretrained.lower() in ("true", "yes", "imagenet")
-        state, source = known_weights(args.model) if known else (common.load_weights(args.pretrained), args.pretrained)
-        state, kind = model_weights(state, args)
-        args.rectified = args.rectified and kind != "original"
-    norm = args.normalization if args.normalization != "auto" else kind if kind in NORMALIZATIONS else "medical"
-    args.mean, args.std = (list(x) for x in NORMALIZATIONS[norm])
+    """The model with its pretrained weights, on the CPU; `args.mean`, `std` and `rectified` become what those expect.
+
+    Of a run that goes on, which has them from its checkpoint, they stay, and no weights are read.
+    """
+    resumed = bool(args.resume) and args.mean is not None
+    loading = not resumed and (args.pretrained or "none") != "none"
+    state, source, facts = pretrained_weights(args) if loading else ({}, "", {})
+    if not resumed:
+        mean, std = NORMALIZATIONS["medical" if args.normalization == "auto" else args.normalization]
+        vars(args).update({"mean": mean, "std": std, "rectified": True} | facts)
+        if args.normalization != "auto" or args.export:  # an export is for the original tool, which has one form
+            vars(args).update(mean=list(mean), std=list(std))
+        args.rectified = args.rectified and not args.export
     model = ZoneModel(args)
-    if state:
-        heads = [k for k in state if k.startswith("head.") and state[k].shape != model.state_dict()[k].shape]
-        state = {k: v for k, v in state.items() if k not in heads}
+    if loading:
+        own = model.state_dict()
+        state = {k: v for k, v in state.items() if not k.startswith("head.") or k in own and own[k].shape == v.shape}
         common.apply_weights(model, state, source, ("head.",), args.allow_partial, say)
+        say(f"grey levels 0 to 1 are scaled by mean {args.mean} and standard deviation {args.std}")
     return model.to(memory_format=torch.channels_last)
 
 
@@ -1136,21 +1193,22 @@ def export_weights(model: ZoneModel) -> dict:
 
 def load_checkpoint(model: nn.Module, path) -> dict:
     """Load the weights of a checkpoint (the averaged ones, if any), or bare weights, into `model` -> the checkpoint, or
-    {"model": ...} of bare weights. The model then scales pixels as the checkpoint's did. Raises UserError."""
+    {"model": ...} of bare weights. The model then scales pixels as those weights expect. Raises UserError."""
     try:
         saved = common.load_checkpoint(path)
     except UserError as e:
         if "not a checkpoint of this toolkit" not in str(e):  # missing, damaged, or refused
             raise
-        saved = {"model": model_weights(common.load_weights(str(path)), model.args)[0], "ema": None}
-    for name in ("model", "zone_focus", "loss", "num_classes"):
-        then = saved.get("args", {}).get(name, getattr(model.args, name))
+        given = Config(**vars(model.args) | {"pretrained": str(path)})
+        state, _, facts = pretrained_weights(given)
+        saved = {"model": state, "ema": None, "args": vars(model.args) | facts}
+    for name in ("model", "zone_focus", "masking_strategy", "attention_strength", "loss", "num_classes"):
+        then = saved["args"].get(name)
         if then != getattr(model.args, name):
             raise UserError(f"{path}: {name} is {then} there and {getattr(model.args, name)} in this model")
     common.apply_weights(model, saved["ema"] or saved["model"], str(path), say=logger.debug)
-    if "args" in saved:
-        vars(model.args).update({name: saved["args"][name] for name in ("mean", "std", "rectified")})
-        model.adopt_args()
+    vars(model.args).update({name: saved["args"][name] for name in ("mean", "std", "rectified")})
+    model.adopt_args()
     return saved
 
 
@@ -1251,9 +1309,10 @@ def build_criterion(args, train_set):
 
 
 def build_optimizer(model, args):
-    """Two parameter groups: matrices and convolutions decay, norms and biases do not."""
-    parts = [(args.weight_decay, [p for p in model.parameters() if p.ndim >= 2])]
-    parts += [(0.0, [p for p in model.parameters() if p.ndim < 2])]
+    """Two parameter groups: matrices and convolutions decay; norms, biases, tokens and positions do not."""
+    still = [p for k, p in model.named_parameters() if p.ndim < 2 or k.endswith(("_token", "position_embeddings"))]
+    decaying = [p for p in model.parameters() if not any(p is other for other in still)]
+    parts = [(args.weight_decay, decaying), (0.0, still)]
     groups = [{"params": params, "weight_decay": decay, "lr_scale": 1.0} for decay, params in parts]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
@@ -1442,7 +1501,7 @@ def zone_metrics(targets: np.ndarray, probs: np.ndarray, args) -> dict[str, floa
     found = decide(probs, args)
     graded = targets != UNKNOWN
     counts = common.confusion_counts(targets[graded], found["severity"][graded], 4)
-    mean = common.agreement(found["csi"], true_csi(targets))
+    mean, truth = common.agreement(found["csi"], true_csi(targets)), ahf_class(true_csi(targets))
     ranks = common.weighted_auroc(graded.ravel(), 1 - probs[..., UNKNOWN].ravel(), np.ones((graded.size, 1)))
     f1 = compute_f1_metrics(found["classes"], targets)
     ratios = compute_precision_recall(found["classes"], targets, ignore_index=UNKNOWN)
@@ -1455,7 +1514,7 @@ def zone_metrics(targets: np.ndarray, probs: np.ndarray, args) -> dict[str, floa
         **{k: v for k, v in ratios.items() if k.endswith(("_macro", "_overall"))},
         **{f"csi_{name}": float(mean[key][0]) for name, key in (("mae", "mae"), ("rmse", "rmse"),
                                                                 ("correlation", "pearson"), ("icc", "icc"))},
-        "ahf_accuracy": compute_ahf_classification_metrics(found["classes"], targets)["ahf_accuracy"],
+        "ahf_accuracy": mean_of((ahf_class(found["csi"]) == truth)[truth >= 0]),
         "gradable_auroc": float(ranks[0]),
     }  # fmt: skip
 
@@ -1466,28 +1525,23 @@ def class_array(x) -> np.ndarray:
     return x.argmax(-1) if x.ndim == 3 else x
 
 
-def class_ratios(predictions, targets, ignore_index) -> tuple[list[dict], list[str]]:
-    """{precision, recall, f1: (C,), support: (C,), some} of each of the six zones, and of all together; a class that is
-    neither there nor predicted is NaN. Zones whose target is `ignore_index` are left out, and that class is none."""
+def class_ratios(predictions, targets, ignore_index) -> tuple[list[str], dict, dict, list[str]]:
+    """Names of the six zones and "overall"; `common.class_metrics` of each: means (7,), by class (7, C); the classes.
+
+    Zones whose target is `ignore_index` are left out, and that class is none: to predict it is an error.
+    """
     predictions, targets = class_array(predictions), class_array(targets)
     classes = [c for c in range(5) if c != ignore_index]
-    out = []
-    for p, t in [*zip(predictions.T, targets.T, strict=True), (predictions.ravel(), targets.ravel())]:
-        p, t = p[t != ignore_index], t[t != ignore_index]
-        hit, flagged, there = (np.array([x(c) for c in classes], float) for x in (
-            lambda c, p=p, t=t: ((p == c) & (t == c)).sum(), lambda c, p=p: (p == c).sum(),
-            lambda c, t=t: (t == c).sum()))  # fmt: skip
-        some = flagged + there > 0
-        ratio = lambda a, b, some=some: np.where(some, a / np.maximum(b, 1), np.nan)  # noqa: E731
-        rows = {"precision": ratio(hit, flagged), "recall": ratio(hit, there), "f1": ratio(2 * hit, flagged + there)}
-        out.append(rows | {"support": there})
-    return out, [CLASSES[c].lower() for c in classes]
+    cells = np.ix_(classes, classes if ignore_index is None else [*classes, ignore_index])
+    pairs = [*zip(targets.T, predictions.T, strict=True), (targets.ravel(), predictions.ravel())]
+    counts = np.stack([common.confusion_counts(*pair, 5)[0][cells] for pair in pairs])
+    zones = [*(f"zone_{i}" for i in range(1, 7)), "overall"]
+    return zones, *common.class_metrics(counts), [CLASSES[c].lower() for c in classes]
 
 
 def mean_of(values) -> float:
     """Mean of what is defined; NaN if nothing is."""
-    values = np.asarray(values, float)
-    return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else math.nan
+    return float(common.mean_defined(np.asarray(values, float)))
 
 
 def compute_f1_metrics(predictions, targets, ignore_index: int | None = UNKNOWN) -> dict[str, float]:
@@ -1497,30 +1551,24 @@ def compute_f1_metrics(predictions, targets, ignore_index: int | None = UNKNOWN)
     predictions: (n, 6) classes or (n, 6, C) logits; targets: (n, 6). A macro mean is over the classes that are there
     or predicted, so that a perfect model has 1.0 (in the original tool 0.8: it counts the ignored class as 0).
     """
-    rows, names = class_ratios(predictions, targets, ignore_index)
-    out = {}
-    for name, row in zip([*(f"zone_{i}" for i in range(1, 7)), "overall"], rows, strict=True):
-        weight = np.where(np.isnan(row["f1"]), 0, row["support"])
-        out[f"f1_{name}"] = mean_of(row["f1"])
-        out[f"f1_weighted_{name}"] = float(np.nansum(row["f1"] * weight) / weight.sum()) if weight.sum() else math.nan
-        out |= {f"f1_{name}_{c}": float(v) for c, v in zip(names, row["f1"], strict=True)}
-    zones = range(1, 7)
-    out["f1_macro"] = mean_of([out[f"f1_zone_{i}"] for i in zones])
-    out["f1_weighted_macro"] = mean_of([out[f"f1_weighted_zone_{i}"] for i in zones])
+    zones, means, by_class, names = class_ratios(predictions, targets, ignore_index)
+    out = {"f1_macro": mean_of(means["f1_macro"][:6]), "f1_weighted_macro": mean_of(means["f1_weighted"][:6])}
+    for i, zone in enumerate(zones):
+        out[f"f1_{zone}"], out[f"f1_weighted_{zone}"] = float(means["f1_macro"][i]), float(means["f1_weighted"][i])
+        out |= {f"f1_{zone}_{c}": float(v) for c, v in zip(names, by_class["f1"][i], strict=True)}
     return out
 
 
 def compute_precision_recall(predictions, targets, ignore_index: int | None = None) -> dict[str, float]:
     """precision_ and recall_ of zone_1 ... zone_6 and overall, of each class (zone_1_normal, overall_normal ...), and
     macro, the mean of the zones; arguments as in `compute_f1_metrics`, by default with unknown as a class."""
-    rows, names = class_ratios(predictions, targets, ignore_index)
+    zones, means, by_class, names = class_ratios(predictions, targets, ignore_index)
     out = {}
     for kind in ("precision", "recall"):
-        for zone, row in zip([*(f"zone_{i}" for i in range(1, 7)), "overall"], rows, strict=True):
-            out |= {f"{kind}_{zone}_{c}": float(v) for c, v in zip(names, row[kind], strict=True)}
-        values = [mean_of(row[kind]) for row in rows]
-        out |= {f"{kind}_zone_{i}": v for i, v in enumerate(values[:-1], 1)}
-        out |= {f"{kind}_macro": mean_of(values[:-1]), f"{kind}_overall": values[-1]}
+        out[f"{kind}_macro"] = mean_of(means[kind][:6])
+        for i, zone in enumerate(zones):
+            out[f"{kind}_{zone}"] = float(means[kind][i])
+            out |= {f"{kind}_{zone}_{c}": float(v) for c, v in zip(names, by_class[kind][i], strict=True)}
     return out
 
 
@@ -1564,13 +1612,10 @@ def compute_ahf_classification_metrics(predictions, targets) -> dict:
     found, truth = (ahf_class(true_csi(class_array(x))) for x in (predictions, targets))
     found, truth = found[truth >= 0], truth[truth >= 0]
     counts = common.confusion_counts(truth, np.where(found < 0, 3, found), 4)[0][:3]  # (3, 4)
-    hit, flagged, there = np.diag(counts), counts.sum(0)[:3], counts.sum(1)
-    values = {"precision": hit / np.maximum(flagged, 1), "recall": hit / np.maximum(there, 1)}
-    values["f1"] = 2 * hit / np.maximum(flagged + there, 1)
-    some = flagged + there > 0
-    out = {"ahf_accuracy": float(hit.sum() / there.sum()) if there.sum() else math.nan}
-    out |= {f"ahf_macro_{k}": mean_of(np.where(some, v, np.nan)) for k, v in values.items()}
-    out |= {f"ahf_class_{c}_{k}": float(v[c]) for c in range(3) for k, v in values.items()}
+    means, by_class = common.class_metrics(counts[None])
+    out = {"ahf_accuracy": float(means["accuracy"][0])}
+    out |= {f"ahf_macro_{k}": mean_of(v[0]) for k, v in by_class.items()}
+    out |= {f"ahf_class_{c}_{k}": float(v[0, c]) for c in range(3) for k, v in by_class.items()}
     out["ahf_confusion_matrix"] = counts[:, :3].astype(int).tolist()
     return out | {"ahf_not_gradable": counts[:, 3].astype(int).tolist()}
 
@@ -1584,8 +1629,10 @@ def zone_maps(model, dataset, index: int, device) -> np.ndarray | None:
     of a ViT its patch tokens. None where nothing can be shown: no map (a class token), or not finite, or 0 everywhere.
     """
     item = dataset[(0, index)]
+    if item.get("bad"):
+        return None
     zones = item["zones"][None].to(device) if "zones" in item else None
-    features, maps = model.features(item["image"][None].to(device), zones)
+    features, maps = model.features(item["image"][None].to(device).requires_grad_(), zones)
     of_zone = maps if isinstance(maps, list) else [maps] * len(ZONES)
     if of_zone[0].ndim != 4:
         return None
@@ -1798,17 +1845,23 @@ def write_histories(args, ctx) -> None:
         common.write_atomic(args.output_dir / f"logs/{name}_history.json", json.dumps(content, indent=1) + "\n")
 
 
+def name_hash(film: str) -> str:
+    """What a checkpoint keeps of a training film, so that an evaluation can tell it from others."""
+    return hashlib.sha256(film.encode()).hexdigest()[:16]
+
+
 def finish(args, ctx, model, val_set, best, log) -> int:
     """Put the best weights back into the model, which are still in memory, and write best_model.pth; the export."""
     if not best.entries:
         raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, saved = best.entries[0], best.memory[best.entries[0]["path"]]
+    ctx.barrier()  # rank 0 may still be writing the last one
     last = {} if args.restore_best_weights else common.load_checkpoint(args.output_dir / LAST)
     model.load_state_dict(last["ema"] or last["model"] if last else saved["model"])
     table = split_films(read_scores(args.csv, args), args)
-    known = table[table["split"] == "train"][list(ZONES)]
-    medians = known.where(known != UNKNOWN).median().fillna(0)
-    saved["zone_medians"] = [int(x) for x in medians]
+    train = table[table["split"] == "train"]
+    medians = train[list(ZONES)].where(train[list(ZONES)] != UNKNOWN).median().fillna(0)
+    saved["zone_medians"], saved["trained_on"] = [int(x) for x in medians], [name_hash(x) for x in train["FileID"]]
     if ctx.master:
         save_checkpoint(args.output_dir / entry["path"], saved)
         common.link_file(args.output_dir / entry["path"], args.output_dir / BEST)
@@ -1836,12 +1889,17 @@ def train_model(config) -> ZoneModel:
     Raises UserError; KeyboardInterrupt if a signal ended the run, which `config.resume = "auto"` continues.
     """
     common.set_deterministic(config.deterministic)
-    with common.process_group(config.device, config.timeout_minutes) as ctx:
-        check_environment(config, ctx)
-        if train(config, ctx):
-            raise KeyboardInterrupt("stopped by a signal, saved")
-        saved = common.load_checkpoint(config.output_dir / (BEST if config.restore_best_weights else LAST))
-        return build_eval_model(saved, args_from_checkpoint(saved), ctx.device)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        with common.process_group(config.device, config.timeout_minutes) as ctx:
+            check_environment(config, ctx)
+            if train(config, ctx):
+                raise KeyboardInterrupt("stopped by a signal, saved")
+            saved = common.load_checkpoint(config.output_dir / (BEST if config.restore_best_weights else LAST))
+            return build_eval_model(saved, args_from_checkpoint(saved), ctx.device)
+    finally:
+        for number, handler in handlers.items():  # or the next Ctrl-C of the notebook would only be noted
+            signal.signal(number, handler)
 
 
 def on_device(batch, device) -> dict:
@@ -1850,10 +1908,16 @@ def on_device(batch, device) -> dict:
     return {k: v.to(device) for k, v in batch.items()}
 
 
+def classes_of(model, logits) -> np.ndarray:
+    """Logits (B, 6, C) -> classes (B, 6) as the model's loss reads them; of a model of another make, the highest."""
+    args = getattr(getattr(model, "module", model), "args", None)
+    return decide(zone_probs(logits.detach().cpu(), args), args)["classes"] if args else class_array(logits)
+
+
 def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dict[str, float]:
     """One pass over a loader of batches ({"image", "target"} or pairs) -> train_loss, train_accuracy (graded zones)."""
     model.to(device).train()
-    if isinstance(train_loader.dataset, ChestFilms):
+    if isinstance(getattr(train_loader, "dataset", None), ChestFilms):
         train_loader.dataset.epoch = epoch  # another augmentation
     loss_sum, right = AverageMeter(), AverageMeter()
     for batch in tqdm(train_loader, desc=f"epoch {epoch}", leave=False, disable=None):
@@ -1866,7 +1930,7 @@ def train_epoch(model, train_loader, criterion, optimizer, device, epoch) -> dic
         weight = float(criterion.count(batch)) if hasattr(criterion, "count") else len(logits)
         loss_sum.update(float(loss.detach()), weight)
         graded = batch["target"] != UNKNOWN
-        hits = (logits.argmax(-1) == batch["target"])[graded].float()
+        hits = (classes_of(model, logits) == class_array(batch["target"]))[graded.cpu().numpy()]
         right.update(float(hits.mean()) if len(hits) else 0.0, len(hits))
     return {"train_loss": loss_sum.avg, "train_accuracy": right.avg}
 
@@ -1879,12 +1943,11 @@ def validate_epoch(model, val_loader, criterion, device, epoch) -> dict[str, flo
     logits, targets = [], []
     for batch in tqdm(val_loader, desc=f"epoch {epoch}, validation", leave=False, disable=None):
         batch = on_device(batch, device)
-        logits.append(model(batch["image"], batch.get("zones")))
-        targets.append(batch["target"])
+        read = batch["bad"] == 0 if "bad" in batch else slice(None)
+        logits.append(model(batch["image"], batch.get("zones"))[read])
+        targets.append(batch["target"][read])
     logits, targets = torch.cat(logits), torch.cat(targets)
-    args = getattr(getattr(model, "module", model), "args", None)
-    classes = decide(zone_probs(logits.cpu(), args), args)["classes"] if args else class_array(logits)
-    found, truth = classes, class_array(targets)
+    found, truth = classes_of(model, logits), class_array(targets)
     metrics = compute_f1_metrics(found, truth) | compute_precision_recall(found, truth)
     metrics |= compute_csi_average_metrics(found, truth)
     graded = truth != UNKNOWN
@@ -1999,6 +2062,9 @@ def check_environment(args, ctx) -> None:
     if args.scheduler == "plateau" and args.plateau_patience >= args.early_stopping_patience and ctx.master:
         print(f"warning: the rate falls after {args.plateau_patience + 1} evaluations without gain, but the run ends "
               f"after {args.early_stopping_patience} (--plateau-patience)", file=sys.stderr)  # fmt: skip
+    if args.zone_focus == "pool" and args.model != "RadDINO" and args.image_size < 96 and ctx.master:
+        rows = -(-args.image_size // 32)
+        print(f"warning: the zones share the {rows} rows of the last map (--image-size 96 or more)", file=sys.stderr)
     if ctx.master:
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

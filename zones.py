@@ -83,6 +83,8 @@ def zones_of(saved: dict, script, args, dataset, model, device, out: dict) -> di
     fields |= {"truth": truth, "true_csi": script.true_csi(truth), "probs": out["probs"]}
     films = Films(**fields, reader2=dataset.reader2, diagnosis=dataset.diagnosis)
     more = {"dataset": dataset, "model": model, "device": device, "medians": saved.get("zone_medians")}
+    seen = {*saved.get("trained_on", [])}
+    more["seen"] = sum(script.name_hash(name) in seen for name in dataset.ids) if seen else 0
     return {"films": films, "script": script} | more
 
 
@@ -122,7 +124,10 @@ def score_zones(cases, n_resamples: int, seed: int) -> dict:
         "second_reader": second_reader(films, script, weights),
         "calibration": calibration(films),
     }
-    return results | {"notes": cases.notes + notes_on(results, films)}
+    notes, seen = notes_on(results, films), cases.zones["seen"]
+    if seen:
+        notes.append(f"{seen} of {len(films.ids)} films have the FileID of one that the model was trained on")
+    return results | {"notes": cases.notes + notes}
 
 
 def tally(films: Films, which, severity, expected, weights) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +236,8 @@ def second_reader(films: Films, script, weights) -> dict | None:
     both = (films.truth < UNKNOWN) & (films.reader2 < UNKNOWN)
     truth, second = (script.true_csi(np.where(both, scores, UNKNOWN)) for scores in (films.truth, films.reader2))
     found = {"n_films": both.any(1).sum(), "n": both.sum()}
-    raters = {"reader": (films.reader2, films.reader2, second), "model": (films.severity, films.expected, films.csi)}
+    mean = mean_defined(np.where(both & (films.classes < UNKNOWN), films.expected, np.nan), 1)
+    raters = {"reader": (films.reader2, films.reader2, second), "model": (films.severity, films.expected, mean)}
     for name, (severity, expected, csi) in raters.items():
         of_mean = common.agreement(csi, truth, weights)
         of_mean = with_interval({"csi_mae": of_mean["mae"], "csi_icc": of_mean["icc"]}, LEVEL)

@@ -951,6 +951,9 @@ def drawn(zones, target):
     return bright[zones.long()][None]
 
 
+NORMAL = torch.zeros(6, dtype=torch.long)
+
+
 def grid_zones(side=96):
     return csi.zone_masks(None, torch.zeros(1, 1, side, side))[0].argmax(0).add(1).to(torch.uint8)
 
@@ -989,9 +992,24 @@ def test_scores_fit_the_thirds_and_halves_of_a_mirrored_film(tmp_path, flip):
     """Without masks: what the model takes for zone i is as bright as score i."""
     args = args_of(tmp_path, "--flip-prob", flip, "--jitter", 0, "--rotation", 0, "--shift", 0, "--zoom", 0)
     target = torch.tensor([3, 0, 2, 1, 4, 2])
-    image, zones, found = csi.augmented(drawn(grid_zones(), target), None, target, np.random.default_rng(0), args)
-    means = csi.pool_zones(image[None])[0, :, 0]
-    assert zones is None and torch.allclose(means, 0.2 + 0.2 * found, atol=0.01)
+    film, rng = drawn(grid_zones(), target), np.random.default_rng(0)
+    image, zones, found = csi.augmented(film, grid_zones(), target, rng, args)
+    means = csi.pool_zones(image[None], csi.zone_masks(zones[None], image[None]))[0, :, 0]
+    assert torch.equal(zones, grid_zones()) and torch.allclose(means, 0.2 + 0.2 * found, atol=0.01)
+
+
+@pytest.mark.parametrize("size", [(200, 300), (300, 200), (90, 90), (37, 301)])
+@pytest.mark.parametrize("keep", ["--keep-aspect", "--no-keep-aspect"])
+def test_zones_are_thirds_and_halves_of_the_film_not_of_its_frame(tmp_path, size, keep):
+    """A film whose thirds are of three greys: each zone holds one of them, whatever the aspect."""
+    film = np.repeat(np.float32([[0.2, 0.3], [0.5, 0.6], [0.8, 0.9]]), size[1] // 2, 1)
+    film = np.repeat(film, size[0] // 3, 0)
+    args = args_of(tmp_path, keep, "--image-size", 224)
+    shown, zones = csi.fitted(film, args, Image.Resampling.NEAREST), csi.film_zones(film.shape, args)
+    assert ((zones > 0) == (shown > 0)).all()
+    for i, grey in enumerate((0.2, 0.3, 0.5, 0.6, 0.8, 0.9)):
+        assert abs(np.median(shown[zones == i + 1]) - grey) < 1e-6
+        assert (np.abs(shown[zones == i + 1] - grey) < 1e-6).mean() > 0.85
 
 
 @pytest.mark.parametrize("flip", [0, 1])
@@ -1001,7 +1019,7 @@ def test_a_turn_is_a_turn(tmp_path, flip):
     y, x = torch.meshgrid(torch.arange(96) - 47.5, torch.arange(96) - 47.5, indexing="ij")
     disc = ((x**2 + y**2).sqrt() < 30).float()[None]
     for seed in range(5):
-        found = csi.augmented(disc, None, torch.zeros(6, dtype=torch.long), np.random.default_rng(seed), args)[0]
+        found = csi.augmented(disc, grid_zones(96), NORMAL, np.random.default_rng(seed), args)[0]
         assert (found - disc).abs().mean() < 0.01
 
 
@@ -1009,14 +1027,14 @@ def test_brightness_and_contrast_stay_within(tmp_path):
     args, image = args_of(tmp_path, "--jitter", 0.5), torch.rand(1, 64, 64)
     seen = []
     for seed in range(50):
-        found = csi.augmented(image, None, torch.zeros(6, dtype=torch.long), np.random.default_rng(seed), args)[0]
+        found = csi.augmented(image, grid_zones(64), NORMAL, np.random.default_rng(seed), args)[0]
         assert 0 <= found.min() and found.max() <= 1
         seen.append(float(found.mean()))
     assert np.std(seen) > 0.05 and 0.3 < np.mean(seen) < 0.7
     vars(args).update(rotation=0, shift=0, zoom=0, jitter=0.2)
     image, ratios, gaps = 0.4 + 0.2 * image, [], []
     for seed in range(50):
-        found = csi.augmented(image, None, torch.zeros(6, dtype=torch.long), np.random.default_rng(seed), args)[0]
+        found = csi.augmented(image, grid_zones(64), NORMAL, np.random.default_rng(seed), args)[0]
         ratios.append(float(found.std() / image.std()))
         gaps.append(float(found.mean() - image.mean()))
     assert 0.8 < min(ratios) < 0.85 and 1.15 < max(ratios) < 1.2  # contrast
@@ -1031,7 +1049,7 @@ def test_mirrored_twice_is_the_film():
     again = csi.mirrored(*one)
     assert torch.equal(again[0], target) and torch.equal(again[1], zones)
     batch = torch.stack([target, target.flip(0)])
-    assert torch.equal(csi.mirrored(batch)[0][0], one[0]) and csi.mirrored(batch)[1] is None
+    assert torch.equal(csi.mirrored(batch, zones)[0][0], one[0])
 
 
 # ---- items
@@ -1056,7 +1074,7 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(tiny_films, tmp_path):
 
     first = data()
     expected = items(first, 3)
-    assert sorted(expected[0]) == ["bad", "image", "index", "target"] and len(expected) == 3
+    assert sorted(expected[0]) == ["bad", "image", "index", "target", "zones"] and len(expected) == 3
     assert same_items(items(first, 3), expected) and same_items(items(data(), 3, workers=2), expected)
     kept = data()
     kept.load_to_memory("films")

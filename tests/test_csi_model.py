@@ -222,7 +222,7 @@ def test_raddino_checkpoint_of_the_original_and_of_transformers(tmp_path, monkey
     assert torch.equal(loaded(film), model(film))
 
 
-@pytest.mark.parametrize("what", ["evil", "other", "cut", "lacking"])
+@pytest.mark.parametrize("what", ["evil", "other", "cut", "lacking", "heads", "chexnet"])
 def test_refused_weights(what, tmp_path):
     path = tmp_path / "w.pth"
     state = torchvision_state("ResNet50")
@@ -231,6 +231,11 @@ def test_refused_weights(what, tmp_path):
     )
     if what == "cut":
         path.write_bytes(path.read_bytes()[:1000])
+    if what == "heads":  # nothing of the backbone
+        torch.save({"fc.weight": torch.ones(2, 2)}, path)
+    if what == "chexnet":  # the original tool's, of another architecture
+        model = model_of("--model", "CheXNet", "--zone-focus", "masking")
+        torch.save({"model_state_dict": csi.export_weights(model)}, path)
     if what == "lacking":
         torch.save({k: v for k, v in state.items() if "layer4" not in k}, path)
     with pytest.raises(common.UserError, match="w.pth"):
@@ -260,10 +265,10 @@ def test_zones_of_one_pass_see_their_own_place():
     for i in range(6):
         row, column = divmod(i, 2)
         x[0, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = i
-    assert csi.pool_zones(x)[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert csi.pool_zones(x, csi.zone_masks(None, torch.zeros(1, 3, 12, 8)))[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
     zones = torch.zeros(1, 12, 8, dtype=torch.uint8)
     zones[0, 4:8, 0:4] = 3  # only right_mid, and only there
-    found = csi.pool_zones(x, zones)[0, :, 0]
+    found = csi.pool_zones(x, csi.zone_masks(zones, x))[0, :, 0]
     assert found[2] == 2 and found[[0, 1, 3, 4, 5]].abs().sum() == 0
 
 
@@ -281,6 +286,47 @@ def test_forms_and_shapes(name, focus):
     model = model_of("--model", name, "--zone-focus", focus, "--loss", "corn")
     with torch.no_grad():
         assert model(torch.rand(2, 1, 64, 64)).shape == (2, 6, 4)  # three of CORN and "gradable"
+
+
+def test_our_own_checkpoint_keeps_its_scale_as_pretrained_weights(tmp_path):
+    """Averaged weights, ImageNet's scale, no last ReLU: the same outputs; the head of another loss is left out."""
+    mean, std = csi.NORMALIZATIONS["imagenet"]
+    model = model_of("--model", "CheXNet", mean=mean, std=std, rectified=False)
+    saved = common.model_checkpoint("csi", model.args, model, {})
+    worse = {k: torch.zeros_like(v) for k, v in saved["model"].items()}
+    common.save_checkpoint(tmp_path / "m.pth", saved | {"model": worse, "ema": saved["model"]})
+    film = torch.rand(1, 1, 64, 64)
+    same = csi.build_model(args_of("--model", "CheXNet", pretrained=str(tmp_path / "m.pth"), mean=None), print).eval()
+    torch.testing.assert_close(same(film), model(film))
+    args = args_of("--model", "CheXNet", "--loss", "emd", pretrained=str(tmp_path / "m.pth"), mean=None)
+    other = csi.build_model(args, print).eval()
+    torch.testing.assert_close(other.features(film)[0], model.features(film)[0])
+    assert not torch.equal(other.head.zone_classifiers[0].weight, model.head.zone_classifiers[0].weight)
+
+
+@pytest.mark.parametrize("name", ["CheXNet", "Custom_1"])
+def test_an_exported_model_is_the_one_that_was_trained(name, tmp_path):
+    """--export trains in the original's form from the start: its scale of the pixels, and no last ReLU."""
+    words = ["--model", name, "--zone-focus", "masking", "--export", tmp_path / "w.pth"]
+    torch.save(csi.get_backbone("CheXNet").state_dict(), tmp_path / "imagenet.pth")
+    args = args_of(
+        *words, mean=None, std=None, pretrained=str(tmp_path / "imagenet.pth") if name == "CheXNet" else "none"
+    )
+    model = csi.build_model(args, print).eval()
+    common.save_weights(args.export, csi.export_weights(model))
+    again = args_of(*words[:4], mean=None, std=None, pretrained=str(args.export))
+    film = torch.rand(1, 1, 64, 64)
+    torch.testing.assert_close(csi.build_model(again, print).eval()(film), model(film))
+    with pytest.raises(common.UserError, match="does not scale pixels by"):
+        args_of(*words, "--normalization", "imagenet")
+
+
+def test_bare_weights_of_the_original_bring_their_form(tmp_path):
+    model = model_of("--model", "CheXNet", "--zone-focus", "masking", rectified=False)
+    torch.save({"model_state_dict": csi.export_weights(model)}, tmp_path / "original.pth")
+    other, film = model_of("--model", "CheXNet", "--zone-focus", "masking"), torch.rand(1, 1, 64, 64)
+    csi.load_checkpoint(other, tmp_path / "original.pth")
+    torch.testing.assert_close(other.eval()(film), model(film))
 
 
 def test_load_checkpoint_takes_over_the_scale_of_the_pixels(tmp_path):

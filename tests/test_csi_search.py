@@ -49,9 +49,11 @@ def build_parser():
     add("--scheduler", default="plateau")
     add("--loss", choices=["ce", "corn", "cdw", "emd"], default="ce")
     add("--model", default="ResNet50")
-    add("--monitor", choices=["val_loss", "qwk"])
+    add("--monitor", choices=["val_loss", "qwk", "f1_macro", "csi_correlation"])
+    add("--split-file", type=Path)
+    add("--split-column", action="store_true")
     add("--n-trials", type=int, default=50)
-    add("--search-params", nargs="+", choices=list(search.SPACE), default=list(search.SPACE)[:6])
+    add("--search-params", nargs="+", choices=list(search.SPACE), default=list(search.SPACE)[:5])
     add("--sampler", choices=["tpe", "random"], default="tpe")
     add("--pruner", choices=["median", "successive_halving", "none"], default="median")
     add("--search-workers", type=int, default=1)
@@ -76,9 +78,20 @@ def parse_args(argv=None):
     return args
 
 
-def build_datasets(args):
+def read_scores(path, args):
     if not args.csv.exists():
         raise UserError(f"{{args.csv}}: no such file")
+
+
+def split_path(table, args):
+    return None if args.split_column and args.split_file is None else args.split_file or args.output_dir / "split.csv"
+
+
+def build_datasets(args):
+    path = split_path(read_scores(args.csv, args), args)
+    if path and not path.exists():
+        common.make_folder(path.parent)
+        path.write_text("FileID,split\\n1,made\\n")
     return list(range(args.n_films)), [0]
 
 
@@ -115,10 +128,11 @@ def train(args, ctx):
         state["x"] = 3.9 * state["x"] * (1 - state["x"])  # the next depends on every one before
         good = 1 - abs(math.log10(args.lr) + 3) / 3 + 0.1 * (args.optimizer == "adamw")
         qwk = good * (1 - 0.9 ** (state["step"] / per_epoch)) + 1e-3 * state["x"]
-        metrics = {{"qwk": math.nan if trouble == f"nan {{number}}" else qwk, "val_loss": 1 - qwk}}
+        metrics = {{"qwk": math.nan if trouble == f"nan {{number}}" else qwk, "val_loss": 1 - qwk, "f1_macro": qwk}}
         state["stale"] = int(PRUNE is not None and PRUNE(state["step"], metrics))
         log.results({{"epoch": state["step"] // per_epoch, "step": state["step"], **metrics}})
-        common.save_last(args.output_dir / LAST, {{"args": common.plain_args(args), "state": state}})
+        saved = {{"task": "toy", "model": {{}}, "args": common.plain_args(args), "state": state}}
+        common.save_last(args.output_dir / LAST, saved)
         if stop:
             log.close()
             return 143
@@ -246,8 +260,7 @@ def test_three_workers_one_killed(toy, home, monkeypatch, capfd):
             assert t.value == max(r["qwk"] for r in found)
         assert not list(Path(f"hyperopt/trials/{t.number:04d}/models").glob("last*"))
     assert trials[0].params == {
-        "lr": 1e-3, "weight_decay": 1e-4, "dropout_rate": 0.5, "optimizer": "adam", "unknown_weight": 0.3,
-        "batch_size": 32,
+        "lr": 1e-3, "weight_decay": 1e-4, "dropout_rate": 0.5, "optimizer": "adam", "batch_size": 32,
     }  # fmt: skip
     assert {t.params["batch_size"] for t in trials} == {8, 16, 32}  # 64 is more than there is
 
@@ -261,6 +274,8 @@ def test_three_workers_one_killed(toy, home, monkeypatch, capfd):
     best = json.loads(Path("models/hyperopt/best_params.json").read_text())
     assert best["n_complete"] + best["n_pruned"] == 33 and best["value"] == study_of().best_value
     assert best["params"] == study_of().best_params and best["trial"] == study_of().best_trial.number
+    kept = [str(path) for path in Path("hyperopt/trials").glob("*/models/*.pth")]  # of the best trial alone
+    assert kept == [f"hyperopt/trials/{best['trial']:04d}/models/best_model.pth"]
 
 
 def test_interrupted_search_is_the_same_search(toy, home, monkeypatch):
@@ -275,7 +290,7 @@ def test_interrupted_search_is_the_same_search(toy, home, monkeypatch):
             monkeypatch.setenv("TOY_DATA_WORKER", "data_worker.pid")
         process = start(toy, *words)
         wait_for(lambda number=number: Path(f"hyperopt/trials/{number:04d}/logs/results.jsonl").exists())
-        time.sleep(0.05)
+        time.sleep(0.02)
         process.send_signal(sign)
         process.wait(timeout=60)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[sign]
@@ -317,15 +332,50 @@ def test_samplers_and_seeds(hyperopt, home, sampler):
         assert {t.state.name for t in study_of(Path(str(n))).trials} == {"COMPLETE"}
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0][0] == drawn[2][0]
     for params in drawn[0]:
-        assert list(params) == list(search.SPACE)[:6] and 1e-5 <= params["lr"] <= 1e-2
+        assert list(params) == list(search.SPACE)[:5] and 1e-5 <= params["lr"] <= 1e-2
 
 
-def test_val_loss_is_minimised(hyperopt, home, capsys):
-    assert hyperopt("--monitor", "val_loss") == 2
-    assert error_of(capsys).startswith("error: --monitor val_loss cannot compare losses (--monitor qwk, or leave")
-    (home / "split.csv").write_text("FileID,split\n")
+@pytest.mark.parametrize("mode", ["hyperopt", "sweep"])
+def test_a_monitor_that_does_not_see_it(toy, server, mode, capsys):
+    for monitor, name in (("qwk", "unknown_weight"), ("csi_correlation", "unknown_weight"), ("val_loss", "loss")):
+        assert call(toy, "--mode", mode, "--monitor", monitor, "--search-params", "lr", name) == 2
+        assert error_of(capsys).startswith(f"error: --monitor {monitor} cannot judge {name} (--monitor f1_macro, or ")
+    assert not server.calls and not Path("hyperopt").exists()
+    words = ["--monitor", "f1_macro", "--search-params", "lr", "unknown_weight", "loss", "--n-trials", 1]
+    assert call(toy, "--mode", mode, *words) == 0
+
+
+def test_one_split_for_a_study(hyperopt, home, capsys):
+    """Beside the journal: that of --split-file or --output-dir, or a new one, whatever --output-dir is later."""
+
+    def splits(folder):
+        found = sorted(Path(folder).glob("trials/*/split.csv"))
+        return [path.read_text() for path in found]
+
+    (home / "split.csv").write_text("FileID,split\n1,mine\n")
+    assert hyperopt("--n-trials", 1, "--journal", "a/study.journal") == 0
+    (home / "split.csv").write_text("FileID,split\n1,changed\n")
+    assert hyperopt("--n-trials", 2, "--journal", "a/study.journal", "--output-dir", "other") == 0
+    assert splits("a") == ["FileID,split\n1,mine\n"] * 2 and not Path("other/split.csv").exists()
+    Path("a/split.csv").unlink()
+    assert hyperopt("--n-trials", 3, "--journal", "a/study.journal") == 2
+    assert error_of(capsys) == "error: a/split.csv: No such file or directory (--journal)"
+    assert hyperopt("--n-trials", 1, "--output-dir", "new") == 0
+    assert splits("new/hyperopt") == ["FileID,split\n1,made\n"] and not Path("new/split.csv").exists()
+    (home / "given.csv").write_text("FileID,split\n1,given\n")
+    words = ["--n-trials", 1, "--split-file", "given.csv", "--split-column", "--journal"]
+    assert hyperopt(*words, "b/study.journal") == 0
+    assert splits("b") == ["FileID,split\n1,given\n"]
+    Path("c").mkdir()
+    Path("c/split.csv").write_text("of another run")
+    assert hyperopt(*words, "c/study.journal") == 2
+    assert error_of(capsys).startswith("error: c/split.csv: is not the split of given.csv (move one away, or take")
+    assert hyperopt("--n-trials", 1, "--split-column", "--journal", "c/study.journal") == 0  # the CSV says it
+    assert splits("c") == [] and Path("c/split.csv").read_text() == "of another run"
+
+
+def test_val_loss_is_minimised(hyperopt, home):
     assert hyperopt("--monitor", "val_loss", "--search-params", "lr", "--n-trials", 8) == 0
-    assert Path("hyperopt/trials/0007/split.csv").read_text() == "FileID,split\n"  # of every trial the same
     study = study_of()
     assert study.direction.name == "MINIMIZE" and study.best_value == min(t.value for t in study.trials if t.value)
     best = json.loads(Path("models/hyperopt/best_params.json").read_text())
@@ -445,12 +495,13 @@ def test_killed_between_two_values(hyperopt, home):
     """A trial that has got only some of its values, and no folder, gets the others as it would have."""
     assert hyperopt("--n-trials", 4, "--pruner", "none") == 0
     wanted = [t.params for t in study_of().trials]
-    for lines_of_params in range(7):
+    for lines_of_params in range(6):
         lines = Path("hyperopt/study.journal").read_text().splitlines(keepends=True)
         begun = [n for n, line in enumerate(lines) if '"op_code":4' in line][3]
         half = Path(f"half{lines_of_params}")
         half.mkdir()
         (half / "study.journal").write_text("".join(lines[: begun + 1 + lines_of_params]))
+        (half / "split.csv").write_bytes(Path("hyperopt/split.csv").read_bytes())
         assert hyperopt("--n-trials", 4, "--pruner", "none", "--journal", half / "study.journal") == 0
         assert [t.params for t in study_of(half).trials] == wanted
 
@@ -516,10 +567,39 @@ def test_train_with_what_was_found(toy, hyperopt, home, capsys):
     assert call(toy, *words, "--output-dir", "final", "--model", "CheXNet") == 0
     out = capsys.readouterr()
     assert "models/hyperopt/best_params.json: lr " in out.out
-    assert "was found for ResNet50, not for CheXNet" in out.err
+    line = "warning: models/hyperopt/best_params.json was found for model ResNet50, not CheXNet"
+    assert out.err.splitlines().count(line) == 1
     assert Path("final/models/best_model.pth").exists()
     used = common.load_checkpoint(Path("final/models/last_model.pth"))["args"]
     assert best["params"].items() <= used.items() and used["monitor"] == "qwk"
+    assert best["setting"].items() >= {"seed": 42, "csv": "labels.csv", "loss": "ce", "epochs": 4}.items()
+    assert best["split_file"] == str(Path("hyperopt/split.csv").absolute())
+
+
+def test_the_split_of_what_was_found(toy, hyperopt, home, capsys):
+    """Is that of the training too, unless another is there; differences are told in one line."""
+    (home / "given.csv").write_text("FileID,split\n1,given\n")
+    assert hyperopt("--n-trials", 1, "--split-file", "given.csv") == 0
+    words = ["--mode", "train-optimized", "--hyperparams", "models/hyperopt/best_params.json", "--output-dir"]
+
+    def warned(*more):
+        capsys.readouterr()
+        args = search.optimized(toy.parse_args([*words, *more]), [*words, *more])
+        found = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
+        return args.split_file, [x.partition(" was found for ")[2] for x in found]
+
+    used = f"the split {home}/hyperopt/split.csv, which is not used"
+    for _ in range(2):  # the training goes on with it, also if the CSV has a column
+        assert warned("out") == (Path("out/split.csv"), [])
+    assert Path("out/split.csv").read_text() == "FileID,split\n1,given\n"
+    assert warned("x", "--split-file", "given.csv") == (Path("given.csv"), []) and not Path("x").exists()
+    (home / "other.csv").write_text("FileID\n1\n")
+    found = [f"loss ce, not emd; csv labels.csv, not other.csv; seed 42, not 7; {used}"]
+    assert warned("x", "--csv", "other.csv", "--seed", "7", "--loss", "emd") == (None, found)
+    (home / "own.csv").write_text("FileID,split\n1,own\n")
+    assert warned("x", "--split-file", "own.csv") == (Path("own.csv"), [used])
+    Path("hyperopt/split.csv").unlink()
+    assert warned("x") == (None, [used]) and not Path("x").exists()
 
 
 @pytest.mark.parametrize(
@@ -531,6 +611,7 @@ def test_train_with_what_was_found(toy, hyperopt, home, capsys):
         ('{"value": 1}', "no 'params'"),
         ('{"params": {"learn_rate": 0.1}}', "unknown parameter 'learn_rate' (did you mean 'dropout_rate'?)"),
         ('{"params": {"output_dir": "/x"}}', "unknown parameter 'output_dir'"),
+        ('{"params": {}, "setting": 1}', "no JSON of --mode hyperopt"),
         ('{"params": {"lr": "0.1"}}', "lr is '0.1' (a number was expected)"),
         ('{"params": {"lr": true}}', "lr is True (a number"),
         ('{"params": {"lr": NaN}}', "lr is nan (a number"),

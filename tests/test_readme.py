@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
 CUTS = {"--n 500": "--n 60", "--epochs 20": "--epochs 1", "--epochs 8": "--epochs 1"}
 CUTS |= {"--n 1000": "--n 60", "--max-steps 600": "--max-steps 8", "--n 800": "--n 60", "--max-epochs 10": "--epochs 1"}
-CUTS |= {"--n 400": "--n 60", "--n-trials 6": "--n-trials 2", "--epochs 10": "--epochs 1", "--epochs 4": "--epochs 1"}
+CUTS |= {"--n 400": "--n 60", "--n-trials 6": "--n-trials 2", "--epochs 30": "--epochs 1", "--epochs 4": "--epochs 1"}
 DEMO = {"DEMO_N": "60", "DEMO_EPOCHS": "1"}
 FENCE = re.compile(
     r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE

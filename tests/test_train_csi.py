@@ -247,6 +247,20 @@ def test_sigterm_saves_and_exits_143(tiny_films, tmp_path):
     assert f"SIGTERM: saved at step {step}" in log.read_text()
 
 
+def test_a_run_from_weights_goes_on_without_them(tiny_films, tmp_path):
+    """The scale of the pixels and the missing ReLU come from the run: its weight file may be gone."""
+    with torch.device("cpu"):
+        args = csi.parse_args(["--model", "Custom_1", "--image-size", "64", "--zone-focus", "none"])
+    model = csi.build_model(args, print)
+    torch.save({"model_state_dict": csi.export_weights(model)}, tmp_path / "original.pth")
+    words = ["--zone-focus", "none", "--pretrained", tmp_path / "original.pth", "--save-every", 99]
+    assert call(*film_args(tiny_films, tmp_path / "run", *words, "--epochs", 1)) == 0
+    (tmp_path / "original.pth").unlink()
+    assert call(*film_args(tiny_films, tmp_path / "run", *words, "--epochs", 2, "--resume", "auto")) == 0
+    saved = common.load_checkpoint(tmp_path / "run" / csi.LAST)
+    assert saved["args"]["rectified"] is False and saved["state"]["step"] == 8
+
+
 def test_resume_refuses_what_cannot_be_continued(tiny_films, trained, tmp_path, capsys):
     shutil.copytree(trained / "models", tmp_path / "models")
     for more, message in (
@@ -357,9 +371,21 @@ def test_flags_have_an_effect(tiny_films, trained, tmp_path, more):
 def test_cdw_alpha_and_masking_strategy_have_an_effect(tiny_films, tmp_path):
     found = []
     for i, more in enumerate((["--loss", "cdw"], ["--loss", "cdw", "--cdw-alpha", 5], ["--zone-focus", "masking"],
-                              ["--zone-focus", "masking", "--masking-strategy", "zero"],
-                              ["--zone-focus", "masking", "--attention-strength", 0.9])):  # fmt: skip
+                              ["--zone-focus", "masking", "--masking-strategy", "attention"],
+                              ["--zone-focus", "masking", "--masking-strategy", "attention",
+                               "--attention-strength", 0.9])):  # fmt: skip
         words = ["--max-steps", 1, "--save-every", 99]
         assert call(*film_args(tiny_films, tmp_path / str(i), *words, *more)) == 0
         found.append(records_of(tmp_path / str(i))[0]["train_loss"])
     assert len(set(found)) == 5
+
+
+def test_evaluation_of_a_copied_table_says_what_was_trained_on(tiny_films, trained, tmp_path):
+    import evaluate
+
+    shutil.copy(tiny_films / "labels.csv", tmp_path / "copy.csv")
+    words = ["--test-only", trained / csi.BEST, "--csv", tmp_path / "copy.csv", "--output", tmp_path, "--no-bootstrap"]
+    assert common.run_main(lambda: evaluate.main([str(w) for w in words])) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["n"] == 26  # of every split, since none was named
+    assert "16 of 26 films have the FileID of one that the model was trained on" in results["notes"]

@@ -70,7 +70,7 @@ class Films:
 def score(tmp_path, monkeypatch):
     """evaluate.py on a checkpoint whose script predicts what is planted -> results.json, and the folder."""
     (tmp_path / "films.csv").write_text("FileID\n")
-    saved = {"task": "csi", "args": {"csv": str(tmp_path / "films.csv"), "image_dir": ".", "split": "val"}}
+    saved = {"task": "csi", "args": {"csv": str(tmp_path / "films.csv"), "image_dir": ".", "split": "val"}, "model": {}}
     common.save_checkpoint(tmp_path / "m.pth", saved | {"versions": {}, "zone_medians": [1, 1, 2, 2, 1, 0]})
 
     def run(films, *words, code=0, loss="corn", maps=True, page=False):
