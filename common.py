@@ -175,7 +175,9 @@ def emd_loss(logits, targets, reduction="mean") -> torch.Tensor:
     """Squared earth mover's distance of the softmax to the target, the sum over the classes of the squared difference
     of the cumulative distributions (Hou, Yu and Samaras 2016, arXiv 1611.05916). Arguments as above.
     """
-    cumulative = F.softmax(_float32(logits), 1).cumsum(1)[:, :-1]  # of the last class it is 1 on both sides
+    probs = F.softmax(_float32(logits), 1)
+    up_to = torch.ones(logits.shape[1], logits.shape[1] - 1, device=logits.device, dtype=probs.dtype).triu()
+    cumulative = probs @ up_to  # cumsum is not deterministic on CUDA; of the last class it is 1 on both sides
     classes = torch.arange(cumulative.shape[1], device=logits.device)
     gap = cumulative - (classes >= targets[:, None]).to(cumulative.dtype)  # (N, K - 1)
     return _reduce_rows((gap**2).sum(1), targets, reduction)
