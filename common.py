@@ -176,8 +176,8 @@ def emd_loss(logits, targets, reduction="mean") -> torch.Tensor:
     of the cumulative distributions (Hou, Yu and Samaras 2016, arXiv 1611.05916). Arguments as above.
     """
     probs = F.softmax(_float32(logits), 1)
-    up_to = torch.ones(logits.shape[1], logits.shape[1] - 1, device=logits.device, dtype=probs.dtype).triu()
-    cumulative = probs @ up_to  # cumsum is not deterministic on CUDA; of the last class it is 1 on both sides
+    up_to = torch.ones(logits.shape[1] - 1, logits.shape[1], device=logits.device).tril()
+    cumulative = (probs[:, None] * up_to).sum(2)  # cumsum is not deterministic on CUDA; of the last class it is 1
     classes = torch.arange(cumulative.shape[1], device=logits.device)
     gap = cumulative - (classes >= targets[:, None]).to(cumulative.dtype)  # (N, K - 1)
     return _reduce_rows((gap**2).sum(1), targets, reduction)
