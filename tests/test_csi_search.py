@@ -278,6 +278,7 @@ def test_three_workers_one_killed(toy, home, monkeypatch, capfd):
     assert kept == [f"hyperopt/trials/{best['trial']:04d}/models/best_model.pth"]
 
 
+@pytest.mark.slow
 def test_interrupted_search_is_the_same_search(toy, home, monkeypatch):
     """One worker, killed or stopped in several places, draws and finds what an uninterrupted one does."""
     words = ["--mode", "hyperopt", "--n-trials", 14, "--epochs", 5, "--pruner", "successive_halving"]
@@ -323,6 +324,7 @@ def test_batch_sizes_fit_the_training_set(hyperopt, home):
     assert [t.params["batch_size"] for t in study_of().trials] == [6, 6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_samplers_and_seeds(hyperopt, home, sampler):
     words, drawn = ["--n-trials", 12, "--sampler", sampler, "--pruner", "none"], []
@@ -712,6 +714,7 @@ def test_sweep_offline(toy, server, monkeypatch, capsys):
     assert not server.calls
 
 
+@pytest.mark.slow
 def test_sweep_agent(toy, server, capfd):
     """Every run in its own folder with the values of the server, but the command line's epochs."""
     server.runs = [("run1", {"lr": 1e-4, "optimizer": "sgd"}), ("run2", {"lr": "x"})]

@@ -312,6 +312,6 @@ def test_unreadable_cases_are_listed(trained, tiny_ct, tmp_path, capsys):
 
 
 def test_checkpoint_of_another_task(tmp_path, capsys):
-    common.save_checkpoint(tmp_path / "x.pth", {"task": "weather", "model": {"w": torch.zeros(1)}})
+    common.save_checkpoint(tmp_path / "x.pth", {"task": "weather", "args": {}, "model": {"w": torch.zeros(1)}})
     assert common.run_main(lambda: evaluate.main(["--test-only", str(tmp_path / "x.pth")])) == 2
     assert "unknown task 'weather'" in capsys.readouterr().err

@@ -45,6 +45,7 @@ def test_the_three_ways_give_the_same_tensors(three_ways):
                 assert all(torch.equal(v.nan_to_num(), other[k].nan_to_num()) for k, v in items[0].items())
 
 
+@pytest.mark.slow
 def test_training_and_evaluation(three_ways, tmp_path):
     """One epoch from each of the three is the same run; 16 labels without positives are undefined, not 0."""
     records = {}

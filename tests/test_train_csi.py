@@ -154,7 +154,7 @@ def test_a_new_split_is_written_and_reused(tiny_films, tmp_path):
 # ---- many processes
 
 
-@pytest.mark.slow  # test_zones.py has the same for evaluate.py
+@pytest.mark.slow  # the loop is one text: other scripts have the same
 def test_ranks_and_accumulation_do_not_change_the_training(tiny_films, tmp_path):
     """A global batch of 8, with unknown zones, as 1 x 8, 1 x 2 x 4 and 2 ranks x 2 x 2; batch norm frozen."""
     still = ["--no-augment", "--dropout-rate", 0, "--freeze-backbone", "--check-ranks", "--optimizer", "sgd"]
@@ -231,6 +231,7 @@ def test_resume_needs_every_item_of_the_state(tiny_films, tmp_path, left_out, re
             assert_same_run(whole, again, csi)
 
 
+@pytest.mark.slow  # the loop is one text: other scripts have the same
 def test_sigterm_saves_and_exits_143(tiny_films, tmp_path):
     more = ["--epochs", 400, "--early-stopping-patience", 999, "--save-every", 10**6, "--freeze-backbone"]
     words = film_args(tiny_films, tmp_path, *more, "--eval-every", 10**6)
@@ -352,6 +353,7 @@ def test_amp_compile_checkpointing_and_determinism_run(tiny_films, tmp_path):
     assert (tmp_path / "0" / csi.RESULTS).read_text() != (plain / csi.RESULTS).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -121,6 +121,7 @@ def test_epochs_are_kept_where_evaluations_are_rarer(tiny_fundus, tmp_path):
     assert len(list((tmp_path / "run/checkpoints").glob("epoch[123].pt"))) == 3
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_continue_after_a_kill(tiny_fundus, tmp_path):
     """The same global batch on one rank and on two: the same weights within rounding; killed, the same bits."""
     more = ["--epochs", 2, "--check-ranks", "--eval-batch-size", 4]
