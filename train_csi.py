@@ -673,10 +673,14 @@ def fitted(image: np.ndarray, args, how) -> np.ndarray:
 def film_zones(shape, args) -> np.ndarray:
     """(S, S) uint8: 1 + place in ZONES, thirds of the film's height and halves of its width; 0 around the film."""
     out, (rows, columns) = np.zeros((args.image_size,) * 2, np.uint8), box_of(shape, args)
-    h, w = rows.stop - rows.start, columns.stop - columns.start
-    third, half = (np.arange(n) // max(1, n // k) for n, k in ((h, 3), (w, 2)))
-    out[rows, columns] = 1 + 2 * third.clip(max=2)[:, None] + half.clip(max=1)
+    out[rows, columns] = thirds_and_halves(rows.stop - rows.start, columns.stop - columns.start)
     return out
+
+
+def thirds_and_halves(h: int, w: int) -> np.ndarray:
+    """(h, w) uint8: 1 + place in ZONES; rows of h // 3, columns of w // 2, the last ones take what is left."""
+    third, half = (np.arange(n) // max(1, n // k) for n, k in ((h, 3), (w, 2)))
+    return (1 + 2 * third.clip(max=2)[:, None] + half.clip(max=1)).astype(np.uint8)
 
 
 def read_zones(folder: Path, film: str, shape, args) -> np.ndarray:
@@ -1018,13 +1022,13 @@ class ZoneModel(nn.Module):
     def features(self, image, zones=None):
         """-> features (B, 6, D), and the last map (B, D, h, w) they are of, or a list of the zones' six."""
         x = ((image - self.mean) / self.std).expand(-1, 3, -1, -1)
+        if self.args.zone_focus == "none":
+            last = self.last_map(x)
+            return pooled(last)[:, None].expand(-1, len(ZONES), -1), last
         masks = zone_masks(zones, x)  # (B, 6, S, S) of 0 and 1
         if self.args.zone_focus == "pool":
             last = self.last_map(x)
             return pool_zones(last, masks), last
-        if self.args.zone_focus == "none":
-            last = self.last_map(x)
-            return pooled(last)[:, None].expand(-1, len(ZONES), -1), last
         strength = self.args.attention_strength if self.args.masking_strategy == "attention" else 1.0
         weights = masks * strength + (1 - masks) * (1 - strength)
         maps = [self.last_map(x * weights[:, i : i + 1]) for i in range(len(ZONES))]
@@ -1045,10 +1049,7 @@ def pooled(x):
 def zone_masks(zones, x):
     """zones (B, S, S), or None: thirds and halves of the image -> (B, 6, S, S) of 0 and 1, as x is."""
     if zones is None:
-        h, w = x.shape[-2:]
-        row = (torch.arange(h, device=x.device) // (h // 3)).clamp(max=2)
-        column = (torch.arange(w, device=x.device) // (w // 2)).clamp(max=1)
-        zones = (1 + 2 * row[:, None] + column)[None]
+        zones = torch.from_numpy(thirds_and_halves(*x.shape[-2:])).to(x.device)[None]
     index = torch.arange(1, len(ZONES) + 1, device=x.device)
     return (zones[:, None] == index[:, None, None]).to(x.dtype).expand(len(x), -1, -1, -1)
 
@@ -1077,7 +1078,7 @@ def model_weights(state: dict, args) -> tuple[dict, str]:
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         original = any(k.startswith("backbone.backbone.") for k in state)
         return (from_original(state, args.model), "original") if original else (state, "own")
-    kind = "xrv" if "op_threshs" in state or any(k.endswith("op_threshs") for k in state) else "imagenet"
+    kind = "xrv" if any(k.endswith("op_threshs") for k in state) else "imagenet"
     state = {re.sub(r"^(?:model\.|densenet121\.|dinov2\.)+", "", k): v for k, v in state.items()}
     state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", k): v for k, v in state.items()}
     new = r"(layer\.\d+\.attention)\.([qkvo]_proj)"  # transformers 5 in memory
@@ -1222,9 +1223,8 @@ def build_eval_model(saved: dict, args, device) -> ZoneModel:
 def forward_flops(model, args) -> float:
     """Floating-point operations of one sample's forward pass, counted on the meta device."""
     side = args.image_size
-    zones = torch.ones(1, side, side, dtype=torch.uint8, device="meta") if args.masked else None
     with FlopCounterMode(display=False) as counter:
-        deepcopy(model).to("meta").eval()(torch.empty(1, 1, side, side, device="meta"), zones)
+        deepcopy(model).to("meta").eval()(torch.empty(1, 1, side, side, device="meta"))
     return counter.get_total_flops()
 
 
@@ -2135,8 +2135,6 @@ def film_tile(film: np.ndarray, zones, name: str, target) -> Image.Image:
     """(H, W) uint8 -> picture of a film with the borders of its zones and a score in each; above it the sides of the
     patient, as they are for the model, and the name."""
     side, head = 240, 18
-    if zones is None:
-        zones = (zone_masks(None, torch.zeros(1, 1, side, side))[0].argmax(0) + 1).to(torch.uint8).numpy()
     middles = [[int(v.mean() * side / len(zones)) for v in np.nonzero(zones == i + 1)] for i in range(len(ZONES))]
     zones = np.asarray(Image.fromarray(zones).resize((side, side), Image.Resampling.NEAREST))
     picture = np.array(Image.fromarray(film).resize((side, side)).convert("RGB"))

@@ -1231,7 +1231,7 @@ def test_check_draws_masks(tmp_path, capsys):
     assert (tmp_path / "out/check/films.png").stat().st_size > 1000
     film, zones = np.zeros((64, 64), np.uint8), dataset(tmp_path, "--mask-dir", tmp_path / "m")[0]["zones"].numpy()
     tile = np.asarray(csi.film_tile(film, zones, "a", np.array([0, 1, 2, 3, 4, 0])))
-    whole = np.asarray(csi.film_tile(film, None, "a", np.array([0, 1, 2, 3, 4, 0])))
+    whole = np.asarray(csi.film_tile(film, csi.thirds_and_halves(*film.shape), "a", np.array([0, 1, 2, 3, 4, 0])))
     lines = [(x == (130, 130, 0)).all(2) for x in (tile, whole)]
     assert lines[0].sum() > 300 and lines[1].sum() > 600 and not np.array_equal(*lines)
 
