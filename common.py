@@ -4,10 +4,13 @@ import argparse
 import collections
 import configparser
 import contextlib
+import csv
 import dataclasses
 import difflib
 import fcntl
 import hashlib
+import io
+import itertools
 import json
 import logging
 import math
@@ -40,6 +43,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from isal import igzip, isal_zlib
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logsumexp
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +76,18 @@ CT_RATE_LABELS = [
 
 class UserError(Exception):
     """A mistake of the user or a bad file: printed as one line, exit code 2."""
+
+    def __init__(self, message: str):
+        if message.startswith("Caught UserError in "):  # by a data worker, whose traceback ends with the message
+            message = message.rstrip().splitlines()[-1].removeprefix("common.UserError: ")
+        line = "".join(c if c.isprintable() else " " for c in message)  # what a cell or a file's name may hold
+        super().__init__(line if len(line) < 2000 else f"{line[:1500]} ... {line[-400:]}")
+
+
+def need_file(path: Path, what: str = "file") -> None:
+    """Raise UserError unless `path` is a regular file; a named pipe or a device would be read for ever."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: " + ("not a regular file" if os.path.exists(path) else f"no such {what}"))
 
 
 # ==== Losses ===================================================================================================
@@ -338,8 +355,10 @@ def multilabel_metrics(targets, probs, class_names, thresholds=0.5, weights=None
 
     targets: (n, K) of 0, 1 or unknown (NaN or negative: left out); probs: (n, K) in [0, 1]; thresholds: scalar or (K,);
     weights: (n,) or None. `macro_*` is the mean over the labels where the metric is defined (`n_defined_*` of them),
-    `micro_*` takes all known entries as one label; brier, log_loss and ece (15 bins) are means over labels; crg: see
-    `crg_score`; exact_match: share of rows whose known labels are all predicted right.
+    `weighted_*` that mean with each label's positives as weights; `micro_*` takes all known entries as one label;
+    brier, log_loss and ece (15 bins) are means over labels; crg: see `crg_score`; exact_match: share of rows whose
+    known labels are all predicted right; hamming: share of known entries predicted wrong; samples_f1: mean over rows
+    of the F1 of a row's labels, 0 / 0 = 0.
     Raises ValueError on shapes that differ, targets that are not 0/1, probs that are not finite or outside [0, 1].
     """
     weights = np.ones(len(probs)) if weights is None else np.asarray(weights, np.float64)
@@ -369,10 +388,10 @@ def bootstrap_intervals(
 def bootstrap_counts(groups, n_resamples: int, seed: int) -> np.ndarray:
     """(n, B) float64: how often each row is in each of B resamples of whole groups (patients). groups: (n,)."""
     names, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(n_resamples, len(names)))
-    drawn += np.arange(n_resamples)[:, None] * len(names)
-    counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)  # (B, groups)
-    return _take(counts.astype(np.float64), inverse).T
+    counts, rng = np.empty((n_resamples, len(inverse))), np.random.default_rng(seed)
+    for row in counts:  # one by one: no more memory than the result has
+        row[:] = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[inverse]
+    return counts.T
 
 
 def weighted_auroc(y, s, w, rows=None) -> np.ndarray:
@@ -430,6 +449,52 @@ def fold_thresholds(probs, thresholds) -> np.ndarray:
     return np.where(p < t, 0.5 * p / np.maximum(t, tiny), 1 - 0.5 * (1 - p) / np.maximum(1 - t, tiny))
 
 
+def fit_temperature(logits, targets) -> float:
+    """T that minimises the log-loss of softmax(logits / T), to be fitted on validation data (Guo et al., ICML 2017).
+
+    logits: (n, C); targets: (n,) class of each row. Between 0.01 and 100, the ends standing for "no bound". NaN without
+    a row, or where the rows are of one class: then any temperature that favours it is as good.
+    """
+    logits, targets = np.asarray(logits, np.float64), np.asarray(targets, int)
+    if len(set(targets.tolist())) < 2:
+        return math.nan
+    gaps = logits - np.take_along_axis(logits, targets[:, None], 1)  # to the true class
+    gaps = gaps[np.lexsort(gaps.T)]  # the same digits in any order of the rows
+    loss = lambda log_t: logsumexp(gaps / math.exp(log_t), axis=1).mean()  # noqa: E731
+    found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-9})
+    return math.exp(found.x)
+
+
+def fit_temperatures(targets, probs) -> np.ndarray:
+    """(K,) temperatures of independent labels, for `tempered`; NaN without a known positive and negative case.
+
+    targets: (n, K) of 0, 1 or unknown (NaN or negative); probs: (n, K).
+    """
+    targets, found = np.asarray(targets, np.float64), []
+    for y, z in zip(targets.T, _logits(probs).T, strict=True):
+        mask = y >= 0
+        found.append(fit_temperature(np.stack([np.zeros(mask.sum()), z[mask]], 1), y[mask]))
+    return np.array(found)
+
+
+def tempered(probs, temperatures) -> np.ndarray:
+    """Probabilities (n, K) with their logits divided by the labels' temperatures (K,), or as they are where NaN."""
+    return expit(_logits(probs) / np.nan_to_num(temperatures, nan=1.0))
+
+
+def fit_to_validation(targets, probs) -> dict[str, list[float]]:
+    """What a checkpoint keeps of its validation data, for later evaluations: `f1_thresholds` and `fit_temperatures`."""
+    return {
+        "thresholds": f1_thresholds(targets, probs).tolist(),
+        "temperatures": fit_temperatures(targets, probs).tolist(),
+    }
+
+
+def _logits(probs) -> np.ndarray:
+    p = np.clip(np.asarray(probs, np.float64), 1e-7, 1 - 1e-7)  # a float32 probability rounds to 1
+    return np.log(p) - np.log1p(-p)
+
+
 def _best_thresholds(targets, probs, gain, at_least=-math.inf) -> np.ndarray:
     """gain(tp, flagged): what is to be highest, from the true positives and all cases at or above each score.
 
@@ -449,21 +514,22 @@ def _best_thresholds(targets, probs, gain, at_least=-math.inf) -> np.ndarray:
     return best
 
 
-def calibration_bins(targets, probs, n_bins: int = 15) -> dict[str, np.ndarray]:
+def calibration_bins(targets, probs, n_bins: int = 15, closed: str = "right") -> dict[str, np.ndarray]:
     """Reliability table of the known entries: `count`, `mean_prob`, `frequency` of positives, each (n_bins,).
 
-    Equal-width bins (i / n_bins, (i + 1) / n_bins], 0 in the first. Means of an empty bin are NaN.
+    Equal-width bins (i / n_bins, (i + 1) / n_bins], 0 in the first; closed="left": [i / n_bins, (i + 1) / n_bins), 1 in
+    the last, as torchmetrics has them. Means of an empty bin are NaN.
     """
     targets, probs = np.asarray(targets, np.float64).ravel(), np.asarray(probs, np.float64).ravel()
     mask = targets >= 0
-    index = _bin_index(probs[mask], n_bins)
+    index = _bin_index(probs[mask], n_bins, closed)
     count, prob, positive = (np.bincount(index, x, n_bins) for x in (None, probs[mask], targets[mask]))
     return {"count": count, "mean_prob": _ratio(prob, count), "frequency": _ratio(positive, count)}
 
 
-def expected_calibration_error(targets, probs, n_bins: int = 15) -> float:
+def expected_calibration_error(targets, probs, n_bins: int = 15, closed: str = "right") -> float:
     """Mean distance of probability and frequency over the bins of `calibration_bins`, weighted by their counts."""
-    bins = calibration_bins(targets, probs, n_bins)
+    bins = calibration_bins(targets, probs, n_bins, closed)
     return float(_ratio(np.nansum(bins["count"] * abs(bins["mean_prob"] - bins["frequency"])), bins["count"].sum()))
 
 
@@ -481,8 +547,11 @@ def log_loss(targets, probs) -> float:
     return float(_ratio(_negative_log(mask, targets == 1, probs).sum(), mask.sum()))
 
 
-def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dict[str, np.ndarray]:
-    """Every metric for every column of w (n, B): {name: (B,)}. Sums over rows are matrix products, (K, n) @ (n, B)."""
+def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15, micro_areas=True) -> dict[str, np.ndarray]:
+    """Every metric for every column of w (n, B): {name: (B,)}. Sums over rows are matrix products, (K, n) @ (n, B).
+
+    micro_areas: also micro_auroc and micro_auprc, which take half of the time.
+    """
     targets, probs, thresholds = (np.asarray(x, np.float64) for x in (targets, probs, thresholds))
     mask, y = targets >= 0, targets == 1
     if targets.shape != probs.shape or targets.ndim != 2 or targets.shape[1] != len(class_names):
@@ -520,12 +589,19 @@ def _metric_arrays(targets, probs, class_names, thresholds, w, n_bins=15) -> dic
         out[prefix + name] = _ratio(np.where(defined, values, 0).sum(0), defined.sum(0))
         if name in ("auroc", "auprc"):
             out["n_defined_" + name] = defined.sum(0)
-    out["micro_auroc"], out["micro_auprc"] = _rank_metrics(y[mask], probs[mask], by_resample, np.nonzero(mask)[0])
+        if name in ("auroc", "auprc", "f1", "precision", "recall"):
+            weight = np.where(defined, tp + fn, 0)
+            out["weighted_" + name] = _ratio((weight * np.where(defined, values, 0)).sum(0), weight.sum(0))
+    if micro_areas:
+        out["micro_auroc"], out["micro_auprc"] = _rank_metrics(y[mask], probs[mask], by_resample, np.nonzero(mask)[0])
     micro = _decision_metrics(tp.sum(0), fn.sum(0), fp.sum(0), tn.sum(0))
-    out |= {"micro_" + name: micro[name] for name in ("f1", "precision", "recall")}
+    out |= {"micro_" + name: micro[name] for name in ("f1", "precision", "recall", "specificity", "npv")}
     out["crg"] = _crg(tp.sum(0), fn.sum(0), fp.sum(0), (fp + tn).sum(0))
     some, right = mask.any(1), ((predicted == y) | ~mask).all(1)
     out["exact_match"] = _ratio((some & right) @ w, some @ w)
+    out["hamming"] = 1 - micro["accuracy"]
+    said_or_true = (mask & predicted).sum(1) + y.sum(1)
+    out["samples_f1"] = _ratio(_ratio(2 * (y & predicted).sum(1), said_or_true, 0.0) @ w, some @ w)
     per_label |= {"n": count, "positives": tp + fn}
     for k, label in enumerate(class_names):
         out |= {f"{label}_{name}": values[k] for name, values in per_label.items()}
@@ -582,13 +658,19 @@ def _take(x, columns, out=None):
 
 
 def _decision_metrics(tp, fn, fp, tn) -> dict[str, np.ndarray]:
-    count = tp + fn + fp + tn
+    count, both = tp + fn + fp + tn, (tp + fn > 0) & (fp + tn > 0)
+    sides, gain = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn), tp * tn - fp * fn
+    by_chance = (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn)
     values = {
         "f1": _ratio(2 * tp, 2 * tp + fp + fn, 0.0),
         "precision": _ratio(tp, tp + fp, 0.0),
         "recall": _ratio(tp, tp + fn, 0.0),
         "specificity": _ratio(tn, tn + fp),
+        "npv": _ratio(tn, tn + fn),
         "accuracy": _ratio(tp + tn, count),
+        "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
+        "mcc": np.where(both, _ratio(gain, np.sqrt(sides), 0.0), np.nan),
+        "kappa": np.where(both, _ratio(2 * gain, by_chance), np.nan),
     }
     return {name: np.where(count > 0, value, np.nan) for name, value in values.items()}
 
@@ -608,8 +690,9 @@ def _negative_log(mask, y, probs):
     return np.where(mask, -np.log(np.clip(np.where(y, probs, 1 - probs), eps, 1 - eps)), 0)
 
 
-def _bin_index(probs, n_bins):
-    return np.clip(np.searchsorted(np.arange(n_bins + 1) / n_bins, probs) - 1, 0, n_bins - 1)
+def _bin_index(probs, n_bins, closed="right"):
+    above = np.searchsorted(np.arange(n_bins + 1) / n_bins, probs, side="left" if closed == "right" else "right")
+    return np.clip(above - 1, 0, n_bins - 1)
 
 
 def _ratio(a, b, empty=np.nan):
@@ -809,13 +892,14 @@ def _group_precision(above, before, size, right):
 
 def _scored(queries, gallery, query_ids, gallery_ids, right, chunk):
     """(slice of the queries, scores (c, m), right (c, m) bool), chunk by chunk."""
-    queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
+    queries, gallery = np.asarray(queries), np.asarray(gallery, np.float64)
     wanted, held = _codes(
         np.arange(len(queries)) if query_ids is None else query_ids,
         np.arange(len(gallery)) if gallery_ids is None else gallery_ids,
     )
     for some in (slice(i, i + chunk) for i in range(0, len(queries), chunk)):
-        yield some, queries[some] @ gallery.T, wanted[some, None] == held if right is None else right[some]
+        scores = queries[some].astype(np.float64) @ gallery.T
+        yield some, scores, wanted[some, None] == held if right is None else right[some]
 
 
 def recall_at_k(ranks: dict[str, np.ndarray], ks) -> np.ndarray:
@@ -864,7 +948,7 @@ def class_matches(pairs, classes: list[str], n_texts: int) -> np.ndarray:
 
 
 def overlap_at_k(
-    queries, gallery, query_labels, gallery_labels, ks, query_groups=None, gallery_groups=None, chunk: int = 512
+    queries, gallery, query_labels, gallery_labels, ks, query_groups=None, gallery_groups=None, chunk: int = 128
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean label overlap of each query with the k nearest of the gallery: (n, len(ks)); with all of it: (n,).
 
@@ -874,7 +958,7 @@ def overlap_at_k(
     array is what random order gives, for any k. Memory: O(chunk * m).
     The mean over queries is what CT-CLIP calls MAP@k (its scripts/volume_to_volume*.py; no average precision).
     """
-    queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
+    queries, gallery = np.asarray(queries), np.asarray(gallery, np.float64)
     (has, known), (its, its_known) = (
         ((y == 1).astype(np.float64), (y >= 0).astype(np.float64))
         for y in (np.asarray(query_labels, np.float64), np.asarray(gallery_labels, np.float64))
@@ -883,7 +967,7 @@ def overlap_at_k(
     values, chance = np.full((len(queries), len(ks)), np.nan), np.full(len(queries), np.nan)
     deepest = min(max(ks), len(gallery))
     for some in (np.arange(i, min(i + chunk, len(queries))) for i in range(0, len(queries), chunk)):
-        scores = queries[some] @ gallery.T  # (c, m)
+        scores = queries[some].astype(np.float64) @ gallery.T  # (c, m)
         both = has[some] @ its.T
         overlap = both / np.maximum(has[some] @ its_known.T + known[some] @ its.T - both, 1)
         n = np.full(len(some), len(gallery))
@@ -1094,6 +1178,17 @@ def load_state(part, state: dict) -> None:
     part.load_state_dict(state)
 
 
+def load_parts(parts: dict, saved: dict) -> None:
+    """Give the parts of a run, {name: model, optimizer ... or None}, their states of what `find_resume` found."""
+    for name, part in parts.items():
+        if part is not None and (saved[name] or name != "scaler"):
+            try:
+                load_state(part, saved[name])
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+                reason = " ".join(str(e).split())[:300] or type(e).__name__
+                raise UserError(f"{saved['file']}: its {name} does not fit this run ({reason})") from e
+
+
 def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
     """torch's clip_grad_norm_, also of a model of which a part is split over the ranks -> the norm before."""
     if not is_split(model):
@@ -1246,10 +1341,16 @@ def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
         "ema": None,
         "class_names": list(args.label_columns),
         "thresholds": None,
+        "temperatures": None,
         "metrics": {k: float(v) for k, v in metrics.items()},
         "tokenizer": getattr(model, "tokenizer", None),  # of a model that reads reports, as JSON
         "versions": versions(),
     }
+
+
+CHECKPOINT_PARTS = {"task": str, "args": dict, "model": dict, "ema": dict | None, "class_names": list | None}
+CHECKPOINT_PARTS |= {"thresholds": list | None, "temperatures": list | None, "versions": dict | None}
+CHECKPOINT_PARTS |= {"tokenizer": str | None}
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1259,14 +1360,12 @@ def load_checkpoint(path: Path) -> dict:
     freely). torch.load does not notice a flipped byte; the CRC of the zip entries does.
     """
     path = Path(path)
+    need_file(path, "checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = zip_damage(path)
         if damaged:
             raise UserError(f"{path}: damaged at entry {damaged} (use an older checkpoint)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such checkpoint") from e
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: refused, it holds more than data: {unsafe_globals(path)}") from e
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as e:
@@ -1274,7 +1373,65 @@ def load_checkpoint(path: Path) -> dict:
     whole = isinstance(checkpoint, dict) and {"task", "args", "model"} <= checkpoint.keys()
     if not whole or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this toolkit (bare weights are given with --pretrained)")
+    wrong = [k for k, kinds in CHECKPOINT_PARTS.items() if not isinstance(checkpoint.setdefault(k), kinds)]
+    wrong += [k for k in ("model", "ema") if not _all_tensors(checkpoint[k])]
+    if wrong:
+        raise UserError(f"{path}: its {wrong[0]} is not what this toolkit writes there (use another checkpoint)")
     return checkpoint
+
+
+def _all_tensors(state: dict | None) -> bool:
+    return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in (state or {}).items())
+
+
+def zip_damage(path: Path) -> str | None:
+    """The first entry of a zip that fails its CRC; UserError for a bomb, a small file that would unpack to much."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > 20 * os.path.getsize(path) + 2**26:
+            raise UserError(f"{path}: refused, it would unpack to {size / 2**30:.1f} GiB (weights hardly compress)")
+        return archive.testzip()
+
+
+@contextlib.contextmanager
+def of_checkpoint(path: Path):
+    """Where a checkpoint's own arguments make options or a model: what goes wrong is the file's fault."""
+    try:
+        yield
+    except UserError as e:
+        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from e
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+        raise UserError(f"{path}: its arguments or weights are not those of a model of this version ({reason})") from e
+
+
+def filled(build, saved: dict) -> nn.Module:
+    """The model that `build()` makes, with the weights of a checkpoint: the averaged ones where it has them.
+
+    Raises UserError if they do not fit, which is seen before memory is taken for what a crafted file claims.
+    """
+    state, count = saved["ema"] or saved["model"], itertools.count()
+
+    def at_most(*_):
+        if next(count) > 2 * len(state) + 1000:
+            raise UserError(f"the checkpoint has {len(state)} tensors, its arguments make a model of more layers")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(at_most)
+    try:
+        with torch.device("meta"):
+            own = build().state_dict()
+    finally:
+        hook.remove()
+    other = [k for k in [*own, *state] if k not in own or k not in state or own[k].shape != state[k].shape]
+    if other:
+        k, none = other[0], "missing"
+        shapes = [tuple(some[k].shape) if k in some else none for some in (state, own)]
+        raise UserError(
+            f"{len(other)} tensors do not fit, first {k}: {shapes[0]} in the file, {shapes[1]} in the model"
+        )
+    model = build()
+    model.load_state_dict(state)
+    return model
 
 
 def unsafe_globals(path: Path) -> str:
@@ -1299,6 +1456,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 KEPT = 3  # numbered checkpoints of a run
+RUN_STATE = {"step": int, "updates": int, "global_batch": int, "stale": int, "best": list, "bad_samples": list}
 
 
 def save_last(path: Path, checkpoint: dict) -> None:
@@ -1358,6 +1516,7 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
         if here and not args.overwrite:
             raise UserError(f"{args.output_dir}: holds a run (--resume auto continues it, --overwrite starts anew)")
         return None
+    file = args.resume
     if args.resume != "auto":
         saved = load_checkpoint(args.resume)
         if here and Path(args.resume).resolve().parent != path.resolve().parent and not args.overwrite:
@@ -1380,7 +1539,16 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
                 print(f"warning: {e}; continuing from {older}", file=sys.stderr)
     if "state" not in saved:
         raise UserError(f"{args.resume}: holds a model but no run to continue (resume from {last})")
-    now, then = plain_args(args), saved["args"]
+    now, then, state = plain_args(args), saved["args"], saved["state"]
+    missing = [f"args.{k}" for k in fixed if k not in then] + [k for k in ("optimizer", "scaler") if k not in saved]
+    if not isinstance(state, dict):
+        missing.append("state")
+    else:
+        missing += [f"state.{k}" for k in RUN_STATE if not isinstance(state.get(k), RUN_STATE[k])]
+        missing += ["state.step"] * (not missing and state["step"] < 0)
+    if missing:
+        raise UserError(f"{file}: has no {missing[0]} as this script writes it (a run of another script or version?)")
+    saved["file"] = str(file)
     for name in fixed:
         if now[name] is not None and now[name] != then[name]:
             raise UserError(f"--{name.replace('_', '-')} is {now[name]} but the run has {then[name]} (use another run)")
@@ -1456,7 +1624,12 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.suffix:
             return _load_folder(_download(source))
         raise UserError(f"{source}: no such weight file (nor a hub id of the form owner/name)")
+    need_file(path)
     try:
+        if path.suffix == ".npz" or zipfile.is_zipfile(path):
+            damaged = zip_damage(path)
+            if damaged:
+                raise UserError(f"{path}: damaged at entry {damaged} (fetch it again)")
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         elif path.suffix == ".npz":
@@ -1464,6 +1637,8 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
                 state = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: refused, it holds more than weights: {unsafe_globals(path)}") from e
     except RuntimeError as e:
@@ -1476,7 +1651,8 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    pairs = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors (a state dict was expected)")
     return {re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", k): v for k, v in tensors.items()}
@@ -1485,6 +1661,16 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
 def _load_folder(folder: Path) -> dict[str, torch.Tensor]:
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # one file, or the shards of one
         files = sorted(folder.glob(pattern))
+        for index in folder.glob(f"{pattern}.index.json"):
+            try:
+                named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{index}: not the index of a weight folder ({type(e).__name__})") from e
+            absent = named - {file.name for file in files}
+            if absent:
+                raise UserError(
+                    f"{folder}: {min(absent)} is missing, which {index.name} names (fetch the folder again)"
+                )
         if files:
             return {k: v for file in files for k, v in load_weights(str(file)).items()}
     raise UserError(f"{folder}: holds neither model*.safetensors nor pytorch_model*.bin")
@@ -1523,6 +1709,11 @@ def apply_weights(model: nn.Module, state: dict, source: str, optional=(), allow
         say(f"  {name:10s} {len(keys):5d}  {examples if name != 'loaded' else ''}".rstrip())
     if not loaded:
         raise UserError(f"{source}: no tensor fits this model (is it a file of another architecture?)")
+    broken = [k for k in loaded if not torch.isfinite(state[k]).all()]
+    if broken:
+        raise UserError(
+            f"{source}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]} (fetch it again)"
+        )
     if required and not allow_partial:
         k = required[0]
         found = f"has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" if k in state else "is missing"
@@ -1597,19 +1788,32 @@ def prediction_table(ids, probs, class_names, thresholds) -> pd.DataFrame:
 def read_table(path: Path, separators: str = ",") -> pd.DataFrame:
     """A CSV as text, one row a line; empty cells are ''. Of several separators, the one its first line has most often.
 
-    Raises UserError if it is missing, empty or not a CSV.
+    Raises UserError if it is missing, not UTF-8, or empty, if a column is there twice, or if a row has more or fewer
+    cells than the first line has names, as in a file that was cut.
     """
+    need_file(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            separator = max(separators, key=file.readline(100_000).count)
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
-    except (OSError, ValueError, pd.errors.ParserError) as e:  # UnicodeDecodeError and EmptyDataError are ValueErrors
-        raise UserError(f"{path}: not a readable CSV ({str(e).splitlines()[0]})") from e
-    if not len(table):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        first = re.split(r"[\r\n]", text[:100_000], maxsplit=1)[0]
+        separator = max(separators, key=first.count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        rows = [row for row in lines if row]  # blank lines are none
+    except (OSError, ValueError, csv.Error) as e:
+        hint = " (save it as UTF-8)" if isinstance(e, UnicodeDecodeError) else ""
+        raise UserError(f"{path}: not a readable CSV: {e}{hint}") from e
+    if "\0" in text:
+        raise UserError(f"{path}: not a readable CSV: it holds NUL characters (save it as UTF-8)")
+    if len(rows) < 2:
         raise UserError(f"{path}: has no rows")
-    return table
+    names = rows[0]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{path}: column '{twice}' is there twice (delete one)")
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise UserError(f"{path}: row {number} has {len(row)} cells, the first line has {len(names)} (a cut file?)")
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    return pd.DataFrame(rows[1:], columns=names, dtype=str)
 
 
 def need_columns(table: pd.DataFrame, columns, path: Path) -> None:
@@ -1732,6 +1936,7 @@ def read_volume(
     kind = next((s for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), None)
     if kind is None:
         raise UserError(f"{path}: not a volume by its name ({', '.join(VOLUME_SUFFIXES)} are read)")
+    need_file(path)
     scaling, notes = (1.0, 0.0), []
     try:
         if kind == ".mha":
@@ -1773,6 +1978,9 @@ def volume_options(row: dict) -> dict:
                 options[name] = tuple(map(float, cells))
             except ValueError as e:
                 raise UserError(f"{', '.join(columns)}: {cells} are not all numbers") from e
+            lowest = min(options[name]) if name == "spacing" else 1
+            if not all(map(math.isfinite, options[name])) or lowest <= 0:
+                raise UserError(f"{', '.join(columns)}: {cells} (finite numbers, spacings above 0, were expected)")
     return options
 
 
@@ -1822,8 +2030,8 @@ def volume_sources(table: pd.DataFrame, csv: Path, metadata: Path | None = None,
     known, sources = rows_by_name(metadata, RESCALE_COLUMNS), []
     for number, row in zip(table.index + 2, table.to_dict("records"), strict=True):
         text = row["img_path"].strip()
-        if not text:
-            raise UserError(f"{csv}: row {number}: img_path is empty")
+        if not text or max(map(len, text.encode().split(b"/"))) > 255:
+            raise UserError(f"{csv}: row {number}: img_path is " + ("too long for a file" if text else "empty"))
         path = (root or Path(csv).parent) / text
         if root and not path.resolve().is_relative_to(root.resolve()):
             raise UserError(f"{csv}: row {number}: {text} leads out of --data-root {root}")
@@ -1972,6 +2180,7 @@ def stored_slices(array: np.ndarray, index, size: int, store: str, window: tuple
 
 def read_slice(path: Path) -> np.ndarray:
     """One slice of a .npy file -> (H, W) uint8 grey levels (0-1 floats and uint8) or int16 HU. Raises UserError."""
+    need_file(path, "slice")
     try:
         array = np.asarray(_map_npy(Path(path), MAX_VOXELS, "(H, W)", (2, 3)))
     except FileNotFoundError as e:
@@ -2672,51 +2881,84 @@ def parse_with_config(parser: argparse.ArgumentParser, argv=None) -> argparse.Na
     if paths is None:
         return parser.parse_args(argv)
     flags = {o.lstrip("-").replace("-", "_"): action for action in parser._actions for o in action.option_strings}
-    words = {}
+    words, seen = {}, set()
     for path, key, value in [(file, *leaf) for file in paths for leaf in _read_config(Path(file))]:
         action = flags.get(key.replace("-", "_"))
         if action is None:
             near = difflib.get_close_matches(key.replace("-", "_"), flags, 1, 0.5)
             raise UserError(f"{path}: unknown key '{key}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
-        words[action.dest] = _as_words(action, value)
+        if (path, action.dest) in seen:
+            raise UserError(f"{path}: key '{key}' comes twice")
+        if action.dest == "help" or (action.dest == "config" and value is not None):
+            raise UserError(f"{path}: key '{key}' belongs on the command line")
+        seen.add((path, action.dest))
+        words[action.dest] = _as_words(action, value, f"{path}: key '{key}'")
     given = sys.argv[1:] if argv is None else argv
+
+    def refuse(message):
+        raise UserError(f"{', '.join(paths)}: {message} (there or on the command line)")
+
+    parser.error = refuse
     return parser.parse_args([*(word for some in words.values() for word in some), *given])
 
 
 def _read_config(path: Path) -> list[tuple[str, object]]:
     """Leaves of a YAML or INI file in order."""
+    need_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > 2**20:
+            raise UserError(f"{path}: {path.stat().st_size} bytes (a config has at most 1 MiB)")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".ini":
-            ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
+            # no section is special
+            ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), default_section="")
             ini.read_string(f"[keys before any section]\n{text}")
             return [(k, v) for section in ini.sections() for k, v in ini[section].items()]
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _UniqueKeys) or {}
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
-    except (yaml.YAMLError, configparser.Error, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, configparser.Error, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not a readable config ({str(e).splitlines()[0]})") from e
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a map of keys and values was expected")
+    found, maps = [], [tree]
+    while maps:
+        for key, value in maps.pop(0).items():
+            found, maps = (
+                ([*found, (str(key), value)], maps) if not isinstance(value, dict) else (found, [*maps, value])
+            )
+            if len(found) + len(maps) > 1000:  # aliases can make a small file of many
+                raise UserError(f"{path}: more than 1000 keys")
+    return found
 
-    def leaves(node):
-        for key, value in node.items():
-            yield from leaves(value) if isinstance(value, dict) else [(str(key), value)]
 
-    return list(leaves(tree))
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain values only, as safe_load; a key that comes twice in a map is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = collections.Counter(k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
+        if keys and keys.most_common(1)[0][1] > 1:
+            raise yaml.YAMLError(f"key '{keys.most_common(1)[0][0]}' comes twice")
+        return super().construct_mapping(node, deep)
 
 
-def _as_words(action: argparse.Action, value) -> list[str]:
-    """A config value as the command-line words of its flag."""
-    flag = action.option_strings[0]
+def _as_words(action: argparse.Action, value, where: str) -> list[str]:
+    """A config value as the command-line words of its flag; `where` names it in errors."""
+    flag, word = action.option_strings[0], "" if isinstance(value, (list, dict)) else str(value).strip().lower()
+    many = action.nargs not in (None, 0, "?")
+    if isinstance(value, dict) or (
+        isinstance(value, list) and (not many or any(isinstance(v, (list, dict)) for v in value))
+    ):
+        raise UserError(f"{where}: {'a list of plain values' if many else 'one value'} was expected")
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        on = str(value).strip().lower() in ("true", "yes", "on", "1")
-        off = "--no-" + flag.lstrip("-")
+        on, off = word in ("true", "yes", "on", "1"), "--no-" + flag.lstrip("-")
+        if not on and word not in ("false", "no", "off", "0", "none", ""):
+            raise UserError(f"{where}: '{value}' is neither true nor false")
         return [flag] if on else [off] if off in action.option_strings else []
-    if value is None or str(value).strip() == "":
+    if value is None or (word == "" and not isinstance(value, list)):
         return []
-    if action.nargs == "?" and str(value).strip().lower() in ("true", "yes", "on", "false", "no", "off"):
-        return [flag] if str(value).strip().lower() in ("true", "yes", "on") else []
+    if action.nargs == "?" and word in ("true", "yes", "on", "false", "no", "off"):
+        return [flag] if word in ("true", "yes", "on") else []
     return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
 
 
@@ -2791,8 +3033,7 @@ def run_main(main) -> int:
     try:
         return main() or 0
     except UserError as e:
-        text = str(e).strip().splitlines()[-1]  # an error raised in a data worker arrives with the worker's traceback
-        print(f"error: {text.removeprefix('common.UserError: ')}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         code = 2
     except torch.OutOfMemoryError as e:
         print(

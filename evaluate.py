@@ -3,6 +3,9 @@
     python evaluate.py --test-only outputs/demo/best_model.pth --output outputs/demo/eval
     python evaluate.py --test-only outputs/demo/best_model.pth --csv other.csv --split test --output other/eval
     python evaluate.py --predictions preds.csv --labels labels.csv --output eval/
+    python evaluate.py --predictions preds.csv --labels labels.csv --subgroup sex age scanner --output eval/
+    python evaluate.py --compare old/best_model.pth new/best_model.pth --csv other.csv --split test --output compared/
+    python evaluate.py --compare a.csv b.csv --labels labels.csv --output compared/
     python evaluate.py --checkpoint saves/best_model.pt --valid-data cache/valid --zero-shot --retrieval \\
         --output results/
     python evaluate.py --checkpoint saves/best_model.pt --config configs/ctclip.yaml --output results/results.json
@@ -10,9 +13,11 @@
     python evaluate.py --test-only models/best_model.pth --csv other.csv --image-dir images --output eval/
     torchrun --nproc_per_node 4 evaluate.py --test-only best_model.pth --output eval/      # the same numbers, sooner
 
-A checkpoint brings its model, data, and per-label thresholds; options given here override its data. Two CSV files do
-the same for any other program: `id` and `{label}_prob` columns; `id` and label columns (0, 1; empty or -1 = unknown),
-with an optional `patient_id`. Every case counts: one that could not be read is listed, and makes the exit code 3.
+A checkpoint brings its model, data, and per-label thresholds and temperatures that training fitted to validation data;
+options given here override its data, and --validation or --threshold-part fits the latter to other patients. Two CSV
+files do the same for any other program: `id` and `{label}_prob` columns; `id` and label columns (0, 1; empty or -1 =
+unknown), with an optional `patient_id`. Every case counts: one that could not be read is listed, and makes the exit
+code 3.
 Of a model of images and reports (train_ctclip.py, train_retclip.py), also zero-shot labels from prompts, retrieval,
 features, and a linear probe: a logistic regression for each label on the frozen image features of the training data
 (CT-CLIP's LiPro). Of train_retclip.py a case is a pair of eyes, and retrieval is always computed; its labels are the
@@ -21,77 +26,99 @@ most probable counts as present (unless --threshold or --threshold-part bring th
 retrieval.eyes_of. Of train_csi.py a case is a film with scores of six lung zones, and zones.py says what is written.
 
 Writes into --output (or, where that ends in .json, to that file and its folder):
-  predictions.csv  id, {label}_prob, {label}_pred; in the order of the data; no probability where a case failed to load
+  predictions.csv  id, {label}_prob, {label}_pred (_pred_oracle with --oracle-thresholds), in the order of the data; no
+                   probability where a case failed to load
   labels.csv       id, patient_id, labels: with predictions.csv all that is needed to score again
-  report.html      by report.py
+  report.html      by report.py, with pictures of the most confident errors by pictures.py
   test_imgs_features.pt, test_texts_features.pt: of train_retclip.py, keyed by id (retrieval.write_features)
+  --compare: predictions_a.csv and predictions_b.csv in place of predictions.csv; results.json as compare.py says
   --export-features FILE (where it says): features as an npz (retrieval.export_features)
   results.json     (train_retclip.py: evaluation_results.json) all numbers, null = undefined (never 0):
     evaluated, evaluated_on   what was scored, on which cases: two phrases
     n, n_patients             cases (with the failed ones) and patients
     per_label                 {label: {n, positives, prevalence, threshold, flagged, <metric>, <metric>_low,
                               <metric>_high}}; n: cases with a known label; flagged: those at or above the threshold
-                              (null: the most probable class is flagged); {} without classes, macro and micro too
+                              (null: the most probable class is flagged); {} without classes, and so are all averages;
+                              tp, fp, fn, tn: cases at the threshold;
+                              auroc_delong_low, auroc_delong_high: DeLong's interval, clustered by patient
+                              operating_points: [{at: "sensitivity" or "specificity", target, threshold (null: only
+                              flagging nobody reaches the target), sensitivity, specificity, ppv, npv}], read off the
+                              scored cases; calibration: {slope, intercept, in_the_large, mce, ece_adaptive};
+                              net_benefit: {threshold: {model, treat_all}}; all four: see clinical.py
+                              temperature: fitted to validation cases, and calibrated: {brier, log_loss, ece} of the
+                              probabilities whose logits are divided by it; null: there is none
     macro, micro              {<metric>, <metric>_low, <metric>_high}; macro: the mean over the labels where the metric
                               is defined (for auroc: n_defined of them)
-                              metrics: auroc, auprc, f1, precision, recall, specificity, accuracy, brier, log_loss, ece
-    overall                   crg (clinically relevant gain), exact_match; of train_retclip.py also top-1 accuracy and
+                              metrics: auroc, auprc, f1, precision (PPV), recall (sensitivity), specificity, npv,
+                              accuracy, balanced_accuracy, mcc (Matthews), kappa (Cohen), brier, log_loss, ece (15
+                              bins (i/15, (i+1)/15])
+    weighted                  the same for auroc, auprc, f1, precision, recall: mean weighted by the labels' positives
+    overall                   crg (clinically relevant gain), exact_match (share of cases with every label right),
+                              hamming (share of wrong labels), samples_f1 (mean over cases of the F1 of their labels),
+                              with intervals; of train_retclip.py also top-1 accuracy and
                               balanced_accuracy (mean recall of the classes there are) of the accuracy_n cases with
                               exactly one positive label, and accuracy_majority: of always naming the commonest class
                               0/0 in precision, recall and f1 is 0, as in scikit-learn (see positives and flagged)
     interval                  {method, level, n_resamples, seed}, or null with --no-bootstrap
     thresholds_source         where the thresholds come from; a note says so if training fitted them on these cases
+    oracle_thresholds         true where --oracle-thresholds fitted them to the scored cases
     threshold_part            {share, seed, n, patients} of --threshold-part: cases left out of everything above and
                               below, and of predictions.csv and labels.csv
     retrieval                 see retrieval.py
+    subgroups, subgroup_gaps  of --subgroup: see subgroups.py
+    wrong                     [{id, label, kind: "false positive" or "false negative", prob, threshold: what it had to
+                              reach}], the most confident errors: see pictures.wrong_cases
     failed                    [{id, reason}]
     notes                     sentences a reader must know
     provenance                command, date, files and their sha256, versions, git commit
 """
 
 import argparse
-import dataclasses
 import datetime
-import hashlib
-import importlib
 import json
 import shlex
 import subprocess
 import sys
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+import clinical
 import common
-from common import UserError, choose_thresholds, f1_thresholds, load_checkpoint, with_interval, write_csv
-from report import number, people, read_scores, warnings_of, write_report
+from cases import (
+    THRESHOLD_FLAGS,
+    Cases,
+    cases_of_checkpoint,
+    cases_of_files,
+    script_of,
+    with_fitted_thresholds,
+    with_oracle,
+    with_probe,
+    with_validation,
+    write_tables,
+)
+from common import UserError, load_checkpoint, with_interval
+from compare import cases_of_both, comparison, is_table, write_comparison
+from page import number, people, warnings_of
+from pictures import draw, found_cases, wrong_cases
+from report import write_report
 from retrieval import (
     LEVEL,
     export_features,
-    eyes_of,
     gallery,
     pair_retrieval,
     retrieval_lines,
     volume_retrieval,
     write_features,
 )
-from zones import score_zones, write_zones, zone_lines, zones_of
+from subgroups import score_subgroups
+from zones import film_cell, score_zones, write_zones, zone_lines
 
-# task in the checkpoint -> the script that trained it
-TASKS = {"siglip": "finetune_siglip", "task2": "run_task2", "ctclip": "train_ctclip", "retclip": "train_retclip"}
-TASKS["csi"] = "train_csi"
-WITH_FEATURES = ("ctclip", "retclip")  # tasks whose `predict` gives features of images and texts
-METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
-# of a checkpoint's arguments
-OVERRIDES = ("csv", "slice_dir", "data_dir", "split", "data_root", "metadata", "batch_size", "num_workers")
-OVERRIDES += ("train_data", "valid_data", "reports", "labels", "hu_source", "zero_shot", "prompts", "templates")
-OVERRIDES += ("image_dir", "image_column", "mask_dir", "split_file", "patient_column")
-PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the probe's regularisation to choose from
-PROBE_HELD_OUT = 0.25  # of the training patients: for that choice, and for the thresholds
+METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "npv", "accuracy", "balanced_accuracy", "mcc")
+METRICS += ("kappa", "brier", "log_loss", "ece")
+TABLES = ("labels", "csv", "data")  # what `files` calls the table with the cases' ids
+WEIGHTED = ("auroc", "auprc", "f1", "precision", "recall")  # that have a mean weighted by positives
 
 
 # ==== Arguments ================================================================================================
@@ -103,6 +130,9 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     text = "CSV with id and label columns, for --predictions; other labels for a checkpoint of train_ctclip.py"
     group.add_argument("--labels", type=Path, nargs="+", metavar="CSV", help=text)
     group.add_argument("--label-columns", nargs="+", metavar="NAME", help="labels of --labels to evaluate (all)")
+    group.add_argument("--subgroup", nargs="+", metavar="COLUMN", help="columns to score the cases of each value by")
+    text = "CSV of ids and these columns (--labels, or the table of the checkpoint's data)"
+    group.add_argument("--subgroup-table", type=Path, metavar="CSV", help=text)
     group.add_argument("--csv", type=Path, help="other data for the checkpoint, in the form its script reads")
     group.add_argument("--slice-dir", type=Path, help="other slices for a checkpoint of run_task2.py")
     group.add_argument("--data-dir", type=Path, help="folder of their labels")
@@ -126,6 +156,10 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--threshold", type=float, help="probability that counts as present (the checkpoint's, or 0.5)")
     text = "share of the patients (0 to 0.9) to fit each label's threshold to, by F1; in no other number"
     group.add_argument("--threshold-part", type=float, default=0.0, metavar="F", help=text)
+    text = "predictions.csv and labels.csv of validation cases to fit thresholds (by F1) and temperatures to"
+    group.add_argument("--validation", type=Path, nargs=2, metavar=("PREDICTIONS", "LABELS"), help=text)
+    text = "fit the thresholds to the scored cases themselves: an upper bound, marked as such in every output"
+    group.add_argument("--oracle-thresholds", action="store_true", help=text)
     text = "labels from prompts, also where the checkpoint has a classifier (as in training)"
     group.add_argument("--zero-shot", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "pairs of a present and an absent prompt with {} for the label, averaged (the checkpoint's); other prompts "
@@ -138,11 +172,15 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     text = "score a logistic regression on the frozen image features of the training data in place of the model"
     group.add_argument("--linear-probe", action="store_true", help=text)
     group.add_argument("--export-features", type=Path, metavar="NPZ", help="file for the features of the cases")
+    text = "images in the report: the most confident errors with heat maps, and those of a retrieval gallery"
+    group.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "confidence intervals over patients"
     group.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help=text)
     group.add_argument("--n-bootstrap", "--n_bootstrap", type=int, default=1000, help="resamples of the intervals")
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--test-only", "--checkpoint", type=Path, metavar="CKPT", help="checkpoint to evaluate")
+    text = "compare two checkpoints, or tables of predictions (.csv, with --labels), on the same cases"
+    group.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=text)
     group.add_argument("--output", type=Path, default=Path("eval"), help="folder, or .json file, of the results")
     group = parser.add_argument_group("system")
     group.add_argument("--batch-size", type=int, help="cases per process and forward pass (as in training)")
@@ -159,22 +197,32 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = add_options(argparse.ArgumentParser(description=__doc__.splitlines()[0], **style)).parse_args(argv)
     if args.config:
         args = read_config(args, argv)
-    if (args.test_only is None) == (args.predictions is None):
-        raise UserError("command line: give either --test-only CKPT, or --predictions CSV and --labels CSV")
-    if args.predictions and (args.labels is None or len(args.labels) > 1):
-        raise UserError("command line: --predictions and --labels go together (one file each)")
+    if sum(given is not None for given in (args.test_only, args.predictions, args.compare)) != 1:
+        text = "give either --test-only CKPT, or --predictions CSV and --labels CSV, or --compare A B"
+        raise UserError(f"command line: {text}")
+    tables = bool(args.predictions) or any(map(is_table, args.compare or ()))
+    if tables and (args.labels is None or len(args.labels) > 1):
+        raise UserError("command line: --predictions and --labels go together (one file each; also in --compare)")
     for name in ("zero_shot", "prompts", "templates", "retrieval", "linear_probe", "export_features"):
-        if args.predictions and getattr(args, name):
+        if tables and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: needs a checkpoint (--test-only)")
+    alone = ("validation", "threshold_part", "oracle_thresholds", "retrieval", "linear_probe", "export_features")
+    for name in (*alone, "subgroup", "subgroup_table"):
+        if args.compare and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: of one model, not of --compare (leave one of the two out)")
+    if args.subgroup_table and not args.subgroup:
+        raise UserError("--subgroup-table: needs --subgroup COLUMN")
     if args.test_only and args.label_columns:
         raise UserError("--label-columns: the labels of a checkpoint are fixed (the option is for --predictions)")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: not a probability (0 to 1)")
     if not 0 <= args.threshold_part <= 0.9:
         raise UserError(f"--threshold-part {args.threshold_part}: not a share of the patients (0 to 0.9)")
-    if args.threshold_part and (args.threshold is not None or args.linear_probe):
-        other = "--linear-probe" if args.linear_probe else "--threshold"
-        raise UserError(f"--threshold-part: {other} brings its own thresholds (leave out one of the two)")
+    ways = [name for name in THRESHOLD_FLAGS if getattr(args, name) not in (None, False, 0.0)]
+    ways = ["linear_probe"] * (args.linear_probe and ways != ["threshold"]) + ways
+    if len(ways) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
+        raise UserError(f"{second}: {first} brings its own thresholds (leave out one of the two)")
     if args.linear_probe and args.zero_shot:
         raise UserError("--linear-probe: takes the place of --zero-shot (leave out one of the two)")
     if args.bootstrap and args.n_bootstrap < 2:
@@ -185,10 +233,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 def read_config(args, argv) -> argparse.Namespace:
     """Parse again with the defaults of --config. The file may be that of the training: its data keys are used, and its
     other keys, which the checkpoint already holds, are not."""
-    parents = []
-    if args.test_only:
-        parents = [script_of(load_checkpoint(args.test_only), args.test_only).build_parser()]
-        for action in parents[0]._actions:
+    checkpoints = [path for path in args.compare or [args.test_only] if path and not is_table(path)]
+    parents = [script_of(load_checkpoint(path), path).build_parser() for path in checkpoints]
+    for parent in parents:
+        for action in parent._actions:
             action.default, action.required = argparse.SUPPRESS, False
     parser = argparse.ArgumentParser(parents=parents, conflict_handler="resolve", add_help=False, allow_abbrev=False)
     merged = common.parse_with_config(add_options(parser), argv)
@@ -197,312 +245,6 @@ def read_config(args, argv) -> argparse.Namespace:
         files = ", ".join(map(str, args.config))
         print(f"{files}: not used, the checkpoint has its own: {', '.join(unused)}")
     return merged
-
-
-# ==== Cases: what is scored ====================================================================================
-
-
-@dataclasses.dataclass
-class Cases:
-    """All cases of one evaluation, in the order of the data."""
-
-    ids: list[str]
-    groups: list[str]  # patient of each case: cases of one patient are resampled together
-    class_names: list[str]
-    targets: np.ndarray  # (n, K) float64 of 0, 1, NaN = unknown
-    probs: np.ndarray  # (n, K) float64, a row of NaN = the case failed to load
-    failed: dict[str, str]  # id -> reason
-    thresholds: np.ndarray  # (K,)
-    thresholds_source: str
-    evaluated: str
-    evaluated_on: str
-    notes: list[str]
-    files: dict  # for the provenance
-    incomplete: bool = False  # something that is not a case, or not all of one, failed to load
-    image_features: np.ndarray | None = None  # (n, E) float32, L2-normalised; NaN rows: failed
-    text_features: np.ndarray | None = None  # (n, E); NaN rows: failed, or no report
-    texts: list[str] | None = None  # reports, '' = none
-    training: dict | None = None  # what `predict` gives of the training data, for --linear-probe
-    most_probable: bool = False  # the most probable label counts as present, whatever the thresholds
-    pairs: dict | None = None  # what `predict` of train_retclip.py gives, and `pictures` of the data set
-    zones: dict | None = None  # of train_csi.py: Films, script, dataset, model, device, medians; then not the above
-
-    def cut(self, probs) -> np.ndarray:
-        """What a probability (n, K) must reach to count as present: (K,) thresholds, or each case's highest (n, 1)."""
-        return probs.max(axis=1, keepdims=True) if self.most_probable else self.thresholds
-
-    def part(self, rows: np.ndarray) -> dict:
-        """The arrays of some rows, bool (n,), as keywords for `dataclasses.replace`."""
-        names = ("ids", "groups", "targets", "probs", "image_features", "text_features", "texts")
-        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {k: v[rows] if isinstance(v, np.ndarray) else list(compress(v, rows)) for k, v in found.items()}
-
-
-def cases_of_files(args) -> Cases:
-    """Cases of --predictions and --labels."""
-    ids, groups, targets, probs, class_names = read_scores(args.predictions, args.labels[0], args.label_columns)
-    thresholds, source = choose_thresholds(args.threshold, {})
-    return Cases(
-        ids=ids,
-        groups=groups,
-        class_names=class_names,
-        targets=targets,
-        probs=probs,
-        failed={},
-        thresholds=np.full(len(class_names), thresholds),
-        thresholds_source=source,
-        evaluated=args.predictions.name,
-        evaluated_on=args.labels[0].name,
-        notes=[],
-        files={"predictions": file_facts(args.predictions), "labels": file_facts(args.labels[0])},
-    )
-
-
-def script_of(saved: dict, path: Path):
-    """The module of the script that wrote a checkpoint."""
-    if saved.get("task") not in TASKS:
-        raise UserError(f"{path}: of the unknown task '{saved.get('task')}' (known: {', '.join(TASKS)})")
-    return importlib.import_module(TASKS[saved["task"]])
-
-
-def overrides_of(args, saved: dict, script) -> dict:
-    """What the command line changes of the checkpoint's arguments."""
-    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    foreign = [name for name in given if name not in saved["args"]]
-    if foreign:
-        raise UserError(f"--{foreign[0].replace('_', '-')}: not an option of {script.__name__}.py's checkpoints")
-    single = {action.dest for action in script.build_parser()._actions if action.nargs is None}
-    for name in single & {name for name, value in given.items() if isinstance(value, list)}:
-        if len(given[name]) > 1:
-            raise UserError(f"--{name.replace('_', '-')}: {script.__name__}.py takes one file")
-        given[name] = given[name][0]
-    if given.get("prompts", saved["args"].get("prompts")) != saved["args"].get("prompts"):
-        given["zero_shot"] = True
-    return given
-
-
-def args_for(saved: dict, script, given: dict, **more) -> argparse.Namespace:
-    """The script's arguments; tables named in training belong to its folder, not to another one given now."""
-    args = script.args_from_checkpoint(saved, **given | more, on_bad_sample="skip")
-    folder = "train_data" if args.split == "train" else "valid_data"
-    if folder in given and Path(given[folder]) != Path(saved["args"][folder] or ""):
-        vars(args).update({name: None for name in ("reports", "metadata", "labels") if name not in given})
-    return args
-
-
-def cases_of_checkpoint(args, ctx) -> Cases:
-    """Run the checkpoint's model over its data; every rank returns the same cases."""
-    saved = load_checkpoint(args.test_only)
-    script = script_of(saved, args.test_only)
-    for name in ("retrieval", "linear_probe", "export_features"):
-        if getattr(args, name) and saved["task"] not in WITH_FEATURES:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: {script.__name__}.py's checkpoints give no features of images and texts")
-    if saved["task"] == "csi" and (args.threshold is not None or args.threshold_part):
-        flag = "--threshold-part" if args.threshold_part else "--threshold"
-        raise UserError(f"{flag}: the scores of {script.__name__}.py's checkpoints have no threshold (leave it out)")
-    paired = saved["task"] == "retclip"
-    for name in ("zero_shot", "prompts"):
-        if paired and getattr(args, name) is not None:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: of train_ctclip.py; {script.__name__}.py has no other classifier (--templates)")
-    given = overrides_of(args, saved, script)
-    task_args = args_for(saved, script, given)
-    dataset = script.build_eval_dataset(task_args)
-    names = list(dataset.class_names)
-    model, training = script.build_eval_model(saved, task_args, ctx.device), None
-    if args.linear_probe:
-        train_args = args_for(saved, script, given, split="train")
-        train_set = script.build_eval_dataset(train_args)
-        if paired:
-            names = dataset.class_names = train_set.class_names = sorted({*names, *train_set.class_names})
-        training = script.predict(model, train_set, ctx, "training data")
-        if paired and not (dataset.has_patients and train_set.has_patients) and dataset.source != train_set.source:
-            training["groups"] = [f"training data, {name}" for name in training["groups"]]  # each may count from 0
-    out = script.predict(model, dataset, ctx, "prediction")
-    pairs, zones = out | {"pictures": dataset.pictures} if paired else None, None
-    if saved["task"] == "csi":
-        zones = zones_of(saved, script, task_args, dataset, model, ctx.device, out)
-    if paired and args.linear_probe:
-        names, out, training = eyes_of(names, out, training)
-    elif paired:  # the zero-shot scores of pairs; one class is none: there is nothing to tell it from
-        names = names if len(names) > 1 else []
-        out = out | {k: out[k][:, : len(names)] for k in ("targets", "probs")} | {"text_features": None, "texts": None}
-        out["image_features"] = out["image_features"]["patient"]
-
-    def prompts_of(some: dict) -> list | None:  # None: the probabilities are a classifier's
-        if paired:
-            return some["templates"]
-        by_head = "zero_shot" not in some or (not some["zero_shot"] and getattr(model, "classifier", None) is not None)
-        return None if by_head else some["prompts"]
-
-    prompts = prompts_of(vars(task_args)) if names else None
-    changed = prompts != prompts_of(saved["args"])
-    thresholds, source = choose_thresholds(args.threshold, {} if changed else saved)
-    most_probable = paired and args.threshold is None and not (args.threshold_part or args.linear_probe)
-    if most_probable:
-        source = "none: the most probable class of a case counts as present" if names else "none: no classes"
-    elif paired and args.threshold_part and not names:
-        raise UserError("--threshold-part: the data have no two classes (leave it out)")
-    unread, all_rows = [dataset.ids[i] for i in out.get("unread", [])], range(len(out["ids"]))
-    table, notes = script.data_file(task_args), []
-    where = f"split '{task_args.split}' of {table.name}"
-    if paired:  # the folder of an LMDB, or the beginning of two files
-        where = "/".join((task_args.train_data if task_args.split == "train" else task_args.valid_data).parts[-2:])
-
-    def is_that_of(split) -> bool:
-        try:
-            return table.resolve() == script.data_file(script.args_from_checkpoint(saved), split).resolve()
-        except (UserError, TypeError, AttributeError):  # the training data are not on this machine, or there were none
-            return False
-
-    same_data, trained = is_that_of(task_args.split), is_that_of("train") if paired else False
-    if not trained and same_data and task_args.split == saved["args"]["split"]:
-        own = args.threshold is None and not (args.threshold_part or args.linear_probe or changed or zones)
-        if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
-            own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
-        chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
-        if paired and "state" in saved:  # one that a run goes on from, whatever its score
-            notes.append("These are the validation cases of the training; they did not choose this checkpoint")
-        else:
-            notes.append(
-                f"These are the validation cases by which training chose {chosen}: the numbers are too good to be "
-                "expected of new patients (--split, --csv, --slice-dir or --valid-data for cases that training has not "
-                "seen)"
-            )
-    elif trained or (same_data and task_args.split in ("train", "all")):
-        some = "some of " if task_args.split == "all" else ""
-        notes.append(f"The model was trained on {some}these cases: the numbers say nothing about new patients")
-    alone = np.flatnonzero(np.isnan(out["image_features"]).any(1)) if paired else []
-    alone = [out["ids"][i] for i in alone if i not in out["failed"]]
-    if alone:
-        first = ", ".join(alone[:10])
-        notes.append(f"{len(alone)} pairs lack an eye, and are in no number that needs both: {first}")
-    if unread:
-        first = ", ".join(unread[:10])
-        notes.append(f"{len(unread)} slices could not be read and are missing in their volumes: {first}")
-    if changed and saved.get("thresholds") is not None:
-        source += "; the checkpoint's belong to other probabilities"
-    files = {"checkpoint": file_facts(args.test_only), "data" if paired else "csv": file_facts(table)}
-    files["trained_with"] = saved["versions"]
-    if args.linear_probe:
-        files["probe_trained_on"] = file_facts(script.data_file(train_args, "train"))
-    elif prompts:
-        files["prompts"] = "; ".join(prompts)
-    return Cases(
-        ids=list(out["ids"]),
-        groups=list(out["groups"]),
-        class_names=names,
-        targets=np.asarray(out["targets"], np.float64),
-        probs=out["probs"],
-        failed={out["ids"][i]: why_failed(dataset, out.get("pair_rows", all_rows)[i]) for i in out["failed"]},
-        thresholds=np.full(len(names), thresholds),
-        thresholds_source=source,
-        evaluated=args.test_only.name + (", zero-shot" if prompts and not args.linear_probe else ""),
-        evaluated_on=where,
-        notes=notes,
-        files=files,
-        incomplete=bool(unread or (training and training["failed"])),
-        training=training,
-        most_probable=most_probable,
-        pairs=pairs,
-        zones=zones,
-        **{k: out.get(k) for k in ("image_features", "text_features", "texts")},
-    )
-
-
-def why_failed(dataset, index: int) -> str:
-    try:
-        dataset.load(index)
-        return "it can be read, but the model's output is not a number"
-    except UserError as e:
-        return str(e)
-
-
-def file_facts(path: Path) -> dict:
-    return {"file": str(path), "sha256": common.file_sha256(path)}
-
-
-def in_part(patients, share: float, seed: int) -> np.ndarray:
-    """(n,) bool: a share of the patients, by a hash of the name and the seed, whatever else is in the data."""
-
-    def draw(name) -> float:
-        return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()) / 2**64
-
-    return np.array([draw(name) < share for name in patients])
-
-
-def with_fitted_thresholds(cases: Cases, share: float, seed: int) -> tuple[Cases, dict]:
-    """The cases of the other patients, with thresholds fitted to this share of them; and facts about that part."""
-    fitted = in_part(cases.groups, share, seed) & ~np.isnan(cases.probs).any(1)  # a failed case stays listed
-    patients = sorted(set(np.array(cases.groups, object)[fitted]))
-    if not fitted.any() or fitted.all():
-        which = "no patient" if not fitted.any() else "every patient"
-        raise UserError(f"--threshold-part {share}: {which} of {len(set(cases.groups))} falls into it (or --seed)")
-    targets = cases.targets[fitted]
-    source = f"per label, best F1 on {fitted.sum()} cases of {len(patients)} patients that are not scored"
-    empty = [name for name, y in zip(cases.class_names, targets.T, strict=True) if not (y == 1).any()]
-    source += f"; 0.5 without a positive case there: {', '.join(empty)}" if empty else ""
-    facts = {"share": share, "seed": seed, "n": int(fitted.sum()), "patients": patients}
-    thresholds = f1_thresholds(targets, cases.probs[fitted])
-    kept = dataclasses.replace(cases, **cases.part(~fitted), thresholds=thresholds, thresholds_source=source)
-    return kept, facts
-
-
-def with_probe(cases: Cases, threshold: float | None, seed: int) -> Cases:
-    """The cases with probabilities of a linear probe of the training data's image features.
-
-    For each label a logistic regression on standardised features. How strongly it is regularised is chosen by the
-    log-loss, and the threshold by F1, on training patients held out; then it is fitted again to all of them.
-    """
-    train, names = cases.training, cases.class_names
-    shared = sorted(set(train["groups"]) & set(cases.groups))
-    if shared:
-        raise UserError(f"--linear-probe: patient {shared[0]} is in the training data and scored ({len(shared)} are)")
-    x, y = np.asarray(train["image_features"], np.float64), np.asarray(train["targets"], np.float64)
-    held = in_part(train["groups"], PROBE_HELD_OUT, seed)
-    read = np.isfinite(x).all(1)
-    fit, held = read & ~held, read & held
-    if not fit.any() or not held.any():
-        raise UserError("--linear-probe: too few training patients that could be read (or another --seed)")
-    mean, std = x[read].mean(0), x[read].std(0)
-    std[std == 0] = 1
-    x, scored = (x - mean) / std, (cases.image_features.astype(np.float64) - mean) / std
-    loaded = np.isfinite(scored).all(1)
-    probs, held_probs = np.full((len(scored), len(names)), np.nan), np.full((held.sum(), len(names)), 0.5)
-    constant = []
-    for k, name in enumerate(names):
-        a, b = fit & ~np.isnan(y[:, k]), ~np.isnan(y[held, k])
-        if len(set(y[a, k])) < 2:  # nothing to tell apart
-            probs[loaded, k] = held_probs[:, k] = y[a, k].mean() if a.any() else 0.5
-            constant.append(name)
-            continue
-        best, strength = np.inf, PROBE_C[0]
-        for c in PROBE_C:
-            p = LogisticRegression(C=c, max_iter=2000).fit(x[a], y[a, k]).predict_proba(x[held])[:, 1]
-            loss = common.log_loss(y[held, k], p) if b.any() else 0.0
-            if loss < best:
-                best, strength, held_probs[:, k] = loss, c, p
-        known = read & ~np.isnan(y[:, k])
-        model = LogisticRegression(C=strength, max_iter=2000).fit(x[known], y[known, k])
-        probs[loaded, k] = model.predict_proba(scored[loaded])[:, 1]
-    thresholds, source = threshold, f"{threshold} (--threshold)"
-    if threshold is None:
-        thresholds = f1_thresholds(y[held], held_probs)
-        source = f"per label, best F1 on {held.sum()} training cases held out from the probe"
-    notes = list(cases.notes)
-    if constant:
-        notes.append(f"The probe had only one class to learn from, and gives a constant, for {', '.join(constant)}")
-    if not read.all():
-        notes.append(f"{(~read).sum()} of {len(read)} training cases failed to load and are not in the probe")
-    return dataclasses.replace(
-        cases,
-        probs=probs,
-        thresholds=np.full(len(names), thresholds),
-        thresholds_source=source,
-        evaluated=f"linear probe of {cases.evaluated}",
-        notes=notes,
-    )
 
 
 # ==== Numbers ==================================================================================================
@@ -557,15 +299,34 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
         share = positives / n if n else None
         threshold = None if cases.most_probable else cases.thresholds[k]
         counts = {"n": n, "positives": positives, "prevalence": share, "threshold": threshold}
-        counts["flagged"] = int((probs >= cut)[~np.isnan(targets[:, k]), k].sum())
-        per_label[name] = counts | block(f"label{k}_")
+        known = ~np.isnan(targets[:, k])
+        y, said = targets[known, k] == 1, (probs >= cut)[known, k]
+        cells = {"tp": y & said, "fp": ~y & said, "fn": y & ~said, "tn": ~y & ~said}
+        counts |= {"flagged": int(said.sum())} | {cell: int(cases_in.sum()) for cell, cases_in in cells.items()}
+        per_label[name] = counts | block(f"label{k}_") | tempered_scores(cases, targets, probs, k)
+        per_label[name] |= clinical.numbers_of_label(y, probs[known, k], groups[known], LEVEL)
     top_1 = accuracies(targets, probs, groups, n_resamples, seed) if names and cases.pairs else {}
     return {
         "per_label": per_label,
         "macro": block("macro_") | ({"n_defined": int(values["n_defined_auroc"])} if names else {}),
         "micro": block("micro_"),
-        "overall": block("", ("crg", "exact_match")) | top_1,
+        "weighted": block("weighted_", WEIGHTED),
+        "overall": block("", ("crg", "exact_match", "hamming", "samples_f1")) | top_1,
         "thresholds_source": cases.thresholds_source,
+        "oracle_thresholds": cases.oracle,
+        "wrong": wrong_cases(cases),
+    }
+
+
+def tempered_scores(cases: Cases, targets, probs, k: int) -> dict:
+    """The temperature of label k, and how well its probabilities are calibrated with it; null where there is none."""
+    if cases.temperatures is None or np.isnan(cases.temperatures[k]):
+        return {"temperature": None, "calibrated": None}
+    y, p = targets[:, k], common.tempered(probs[:, k], cases.temperatures[k])
+    found = {"brier": common.brier_score(y, p), "log_loss": common.log_loss(y, p)}
+    return {
+        "temperature": cases.temperatures[k],
+        "calibrated": found | {"ece": common.expected_calibration_error(y, p)},
     }
 
 
@@ -599,15 +360,11 @@ def write_outputs(folder: Path, results: dict, cases: Cases) -> None:
     shown = None
     if "image_to_text" in results.get("retrieval", {}):
         write_features(folder, cases.pairs)
-        shown = gallery(cases.pairs, cases.ids, cases.pairs["pictures"])
-    labels = {"id": cases.ids, "patient_id": cases.groups}
-    for k, name in enumerate(cases.class_names):
-        labels[name] = pd.Series(cases.targets[:, k]).astype("Int64")
+        shown = gallery(cases.pairs, cases.ids, cases.pairs["pictures"]) if cases.pairs["pictures"] else None
     if cases.class_names:
-        predictions = common.prediction_table(cases.ids, cases.probs, cases.class_names, cases.cut(cases.probs))
-        write_csv(folder / "predictions.csv", predictions)
-        write_csv(folder / "labels.csv", pd.DataFrame(labels))
-    write_report(folder / "report.html", results, cases.targets, cases.probs, shown)
+        write_tables(folder, cases)
+    drawn = draw(cases, results["wrong"] + found_cases(cases)) if cases.images and cases.class_names else None
+    write_report(folder / "report.html", results, cases.targets, cases.probs, shown, drawn)
 
 
 def print_table(results: dict) -> None:
@@ -634,8 +391,12 @@ def print_table(results: dict) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    both = None
     with common.process_group(args.device) as ctx:
-        if args.predictions is None:
+        if args.compare:
+            both = cases_of_both(args, ctx)
+            cases = both[0]
+        elif args.predictions is None:
             cases = cases_of_checkpoint(args, ctx)
         elif ctx.master:
             cases = cases_of_files(args)
@@ -658,28 +419,46 @@ def main(argv=None) -> int:
             cases = with_probe(cases, args.threshold, args.seed)
         if args.threshold_part:
             cases, part = with_fitted_thresholds(cases, args.threshold_part, args.seed)
+        if args.validation:
+            cases = with_validation(cases, *args.validation)
+        if args.oracle_thresholds:
+            cases = with_oracle(cases)
         numbers = score_zones if cases.zones else score
-        results = case_facts(cases, n_resamples, args.seed) | numbers(cases, n_resamples, args.seed)
+        results = case_facts(cases, n_resamples, args.seed)
+        if both:
+            results |= comparison(*both, results, [numbers(some, n_resamples, args.seed) for some in both])
+        else:
+            results |= numbers(cases, n_resamples, args.seed)
         if cases.pairs and not args.linear_probe:
             results["retrieval"] = pair_retrieval(cases.pairs, cases.ids, n_resamples, args.seed)
         elif args.retrieval and not cases.pairs:
             results["retrieval"] = volume_retrieval(cases, n_resamples, args.seed)
+        if args.subgroup:
+            table = args.subgroup_table or Path(cases.files[next(k for k in TABLES if k in cases.files)]["file"])
+            of_films = film_cell if cases.zones else None
+            found, notes = score_subgroups(cases, table, args.subgroup, n_resamples, args.seed, of_films)
+            results |= found | {"notes": results["notes"] + notes}
     if part:
         results["threshold_part"] = part
     results["provenance"] = cases.files | {
         "command": shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        **({} if cases.zones else {"thresholds": cases.thresholds_source}),
+        **({} if cases.zones or both else {"thresholds": cases.thresholds_source}),
         "seed": args.seed,
         "git_commit": git_commit(),
         "versions": common.versions(),
     }
     results = common.json_safe(results)
-    (write_zones if cases.zones else write_outputs)(results_path.parent, results, cases)
+    if both:
+        write_comparison(results_path.parent, results, *both)
+    else:
+        (write_zones if cases.zones else write_outputs)(results_path.parent, results, cases)
     # last: where the results stand, the rest is complete
     common.write_atomic(results_path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"{results['evaluated']} on {results['evaluated_on']}: {results['n']} cases of {people(results)}")
-    if cases.zones:
+    if both:
+        print("\n".join(["", *(f"- {one['text']}" for one in results["comparison"]["sentences"]), ""]))
+    elif cases.zones:
         print("\n".join(["", *zone_lines(results), ""]))
     else:
         print(f"Thresholds: {cases.thresholds_source}")

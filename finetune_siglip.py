@@ -740,9 +740,7 @@ def build_model(args, say=print) -> CTClassifier:
 
 def build_eval_model(saved: dict, args, device) -> CTClassifier:
     """The model of a checkpoint: its averaged weights where it has them."""
-    model = CTClassifier(args)
-    model.load_state_dict(saved["ema"] or saved["model"])
-    return model.to(device).eval()
+    return common.filled(lambda: CTClassifier(args), saved).to(device).eval()
 
 
 def forward_flops(model, args) -> float:
@@ -962,12 +960,12 @@ def evaluate(model, dataset, criterion, ctx) -> dict[str, float]:
     return {"val_loss": float(loss), "n_missing": len(out["failed"]), **metrics}
 
 
-def tune_thresholds(model, dataset, ctx) -> list[float]:
-    """The threshold of each label with the best F1 on the validation split."""
+def tune_thresholds(model, dataset, ctx) -> dict[str, list[float]]:
+    """The threshold of each label with the best F1 on the validation split, and its temperature."""
     model.eval()
     out = predict(model, dataset, ctx, "thresholds")
     read = ~out["logits"].isnan().any(1).numpy()
-    return common.f1_thresholds(dataset.targets[read], out["probs"][read]).tolist()
+    return common.fit_to_validation(dataset.targets[read], out["probs"][read])
 
 
 # ==== Train ====================================================================================================
@@ -1009,9 +1007,7 @@ def train(args, ctx):
     if not saved:  # only now: a mistake in the data or the model has cost nothing
         common.forget_run(args.output_dir / LAST, ctx)
     else:
-        for name, part in parts.items():
-            if part is not None and (saved[name] or name != "scaler"):
-                common.load_state(part, saved[name])
+        common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
@@ -1137,7 +1133,7 @@ def finish(args, ctx, model, val_set, best, log) -> int:
         raise UserError(f"{args.output_dir}: none of the run's best models is here (resume in the run's own folder)")
     entry, checkpoint = best.entries[0], best.memory[best.entries[0]["path"]]
     model.load_state_dict(checkpoint["model"])
-    checkpoint["thresholds"] = tune_thresholds(model, val_set, ctx)
+    checkpoint |= tune_thresholds(model, val_set, ctx)
     if ctx.master:
         save_checkpoint(args.output_dir / BEST, checkpoint)
         if args.export:

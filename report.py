@@ -9,59 +9,42 @@ both, and every text that came from a file is escaped. It prints on A4, with fig
 """
 
 import argparse
-import base64
 import difflib
-import html
-import io
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from common import UserError, calibration_bins, group_of, label_array, need_columns, read_table, run_main, write_atomic
+import pictures
+from clinical import TARGETS, net_benefit, wilson_interval
+from common import UserError, calibration_bins, group_of, label_array, need_columns, read_table, run_main
+from page import BLUE, GREY, ORANGE, esc, interval, number, panel, people, tile, unit_axes, why_undefined, write_page
+from subgroups import subgroup_section
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
-FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
-FEW_TEXTS = 20  # with fewer distinct texts a recall at K is near 1 by chance, and the choice of texts decides
 FEW_QUERIES = 3  # classes with fewer are not in the table of classes
 FEW_IN_BIN = 10  # bins of a reliability diagram with fewer cases are drawn hollow and not joined
 LONG_TEXT = 280  # characters of a text that the gallery shows
-FIGURE_STYLE = {
-    "svg.fonttype": "none",  # text stays text: small files, and readable to a screen reader
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-}
 
 
 # ==== Files ====================================================================================================
 
 
-def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
+def read_scores(predictions: Path, labels: Path, class_names=None, failed=(), others=()):
     """Two CSV files -> ids, groups, targets, probs, class_names, in the order of the labels file.
 
     predictions: column `id` and a `{label}_prob` for each label (`{label}_pred` is ignored); labels: `id`, the label
     columns (0, 1, or empty or -1 for unknown) and, if there is one, `patient_id` (the groups of the bootstrap).
-    `class_names` chooses labels and their order; by default every column must have its partner. Ids in `failed` may
-    have no probability. targets (n, K) float64 with NaN for unknown, probs (n, K) float64. Raises UserError.
+    `class_names` chooses labels and their order; by default every column must have its partner, but for `others`, which
+    are no labels. Ids in `failed` may have no probability. targets (n, K) float64 with NaN for unknown, probs (n, K)
+    float64. Raises UserError.
     """
-    left, right = _read_plain(predictions), _read_plain(labels)
+    left, right = read_plain(predictions), read_plain(labels)
     if class_names is None:
-        class_names = [c for c in right.columns if c not in ("id", "patient_id")]
+        class_names = [c for c in right.columns if c not in ("id", "patient_id", *others)]
         need_columns(right, [c.removesuffix("_prob") for c in left.columns if c.endswith("_prob")], labels)
     for name in class_names:
         if f"{name}_prob" not in left.columns:
@@ -93,7 +76,7 @@ def read_scores(predictions: Path, labels: Path, class_names=None, failed=()):
     return ids, groups, targets, probs, list(class_names)
 
 
-def _read_plain(path: Path) -> pd.DataFrame:
+def read_plain(path: Path) -> pd.DataFrame:
     """A table without the quotes that write_csv puts before text which a spreadsheet would run as a formula."""
     table, quote = read_table(path), r"^'(?=[=+\-@\t\r])"
     table.columns = table.columns.str.replace(quote, "", regex=True)
@@ -111,95 +94,7 @@ def _need_ids(wanted: pd.Series, there: pd.Series, message: str, of: str) -> Non
         )
 
 
-# ==== Text =====================================================================================================
-
-
-def number(value, digits: int = 3) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else f"{value:z.{digits}f}"
-
-
-def interval(row: dict, metric: str, digits: int = 3) -> str:
-    """'0.812–0.861', or '' where the metric has no interval."""
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return "" if low is None or high is None else f"{number(low, digits)}–{number(high, digits)}"
-
-
-def why_undefined(row: dict) -> str:
-    if not row["n"]:
-        return "no case with a known label"
-    return "no positive case" if not row["positives"] else "no negative case"
-
-
-def people(results: dict) -> str:
-    n = results["n_patients"]
-    return f"{n} patients" + (" (each case is taken as another patient)" if n == results["n"] else "")
-
-
-def warnings_of(results: dict) -> list[str]:
-    """What a reader must know before the numbers, most serious first."""
-    rows, failed, found = results.get("per_label", {}), results["failed"], []  # scores of zones are no labels
-    if failed:
-        cases = ", ".join(f"{f['id']} ({f['reason']})" for f in failed[:10])
-        more = f" and {len(failed) - 10} more" if len(failed) > 10 else ""
-        found.append(f"{len(failed)} of {results['n']} cases failed to load and are in no number: {cases}{more}")
-    found += results["notes"]
-    consequence = {
-        "no positive case": "macro AUROC and AUPRC leave them out; macro F1 and recall count them as 0",
-        "no negative case": "macro AUROC leaves them out",
-        "no case with a known label": "all averages leave them out",
-    }
-    for reason, what in consequence.items():
-        names = [name for name, row in rows.items() if row["auroc"] is None and why_undefined(row) == reason]
-        if names:
-            found.append(
-                f"AUROC is undefined for {len(names)} of {len(rows)} labels, with {reason} ({what}): {', '.join(names)}"
-            )
-    few = [
-        f"{name} ({min(row['positives'], row['n'] - row['positives'])})"
-        for name, row in rows.items()
-        if 0 < min(row["positives"], row["n"] - row["positives"]) < FEW_POSITIVES
-    ]
-    if few:
-        found.append(
-            f"Fewer than {FEW_POSITIVES} positive or negative cases, so hardly evidence, with intervals that are too "
-            f"narrow: {', '.join(few)}"
-        )
-    texts = {row["distinct_texts"] for row in results.get("retrieval", {}).get("image_to_text", {}).values() if row}
-    if texts and max(texts) < FEW_TEXTS:
-        found.append(
-            f"There are only {max(texts)} distinct texts: R@K finds much by chance, and the intervals, which are over "
-            "patients, do not cover the choice of the texts"
-        )
-    if results["interval"] is None:
-        found.append("No confidence intervals were computed (--no-bootstrap)")
-    return found
-
-
-# ==== Figures ==================================================================================================
-
-
-def figure_uri(draw, salt: str) -> str:
-    """The panel that `draw(axes)` fills, as an SVG data URI; the same input gives the same bytes."""
-    with matplotlib.rc_context({**FIGURE_STYLE, "svg.hashsalt": salt}):
-        figure, file = Figure(figsize=(2.75, 2.45)), io.StringIO()
-        draw(figure.add_axes((0.2, 0.19, 0.77, 0.77)))
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = file.getvalue()
-    return "data:image/svg+xml;base64," + base64.b64encode(svg[svg.index("<svg") :].encode()).decode()
-
-
-def panel(alt: str, title: str, said: str, draw, *given) -> str:
-    """HTML of the figure that `draw(axes, *given)` fills, with its caption; the texts are escaped here."""
-    uri, said = figure_uri(lambda axes: draw(axes, *given), alt), esc(said).replace("\n", "<br>")
-    return f'<figure><img src="{uri}" alt="{esc(alt)}"><figcaption><b>{esc(title)}</b><br>{said}</figcaption></figure>'
-
-
-def unit_axes(axes, xlabel: str, ylabel: str) -> None:
-    ticks = [0, 0.25, 0.5, 0.75, 1]
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=xlabel, ylabel=ylabel, xticks=ticks, yticks=ticks)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticklabels(["0", "", "0.5", "", "1"])
-        axis.set_tick_params(length=0, colors="#444444")
+# ==== Figures ================================================================================================
 
 
 def draw_roc(axes, y, p, at, row) -> None:
@@ -227,10 +122,7 @@ def draw_reliability(axes, y, p, at, row) -> None:
     bins = calibration_bins(y, p)
     full = bins["count"] > 0
     mean, share, n = (bins[name][full] for name in ("mean_prob", "frequency", "count"))
-    z = 1.96
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    axes.vlines(mean, centre - half, centre + half, color=BLUE, linewidth=1.2, alpha=0.5)
+    axes.vlines(mean, *wilson_interval(share * n, n), color=BLUE, linewidth=1.2, alpha=0.5)
     many = n >= FEW_IN_BIN
     axes.plot(mean[many], share[many], "o-", color=BLUE, linewidth=1.2, markersize=4.5)
     axes.plot(mean[~many], share[~many], "o", color=BLUE, markerfacecolor="white", markersize=4.5)
@@ -239,12 +131,12 @@ def draw_reliability(axes, y, p, at, row) -> None:
 def draw_histogram(axes, y, p, at, row) -> None:
     """Share of the positive and of the negative cases in each of 20 bins: comparable however rare the label is."""
     edges = np.linspace(0, 1, 21)
-    for side, color, style in ((0, BLUE, "-"), (1, ORANGE, "-")):
+    for side, color in enumerate((BLUE, ORANGE)):
         chosen = p[y == side]
         if len(chosen):
             share = np.histogram(chosen, edges)[0] / len(chosen)
             axes.stairs(share, edges, fill=True, color=color, alpha=0.22)
-            axes.stairs(share, edges, color=color, linewidth=1.5, linestyle=style)
+            axes.stairs(share, edges, color=color, linewidth=1.5)
     if row["threshold"] is not None:
         axes.axvline(row["threshold"], color="#333333", linestyle=":", linewidth=1.2)
     axes.set(xlim=(-0.02, 1.02), xlabel="Predicted probability", ylabel="Share of cases", xticks=[0, 0.5, 1])
@@ -253,36 +145,36 @@ def draw_histogram(axes, y, p, at, row) -> None:
     axes.locator_params(axis="y", nbins=4)
 
 
-KINDS = (  # title, how to read it, panel, metric of its caption
-    (
-        "ROC curves",
-        "Sensitivity against false alarms over all thresholds. Dashed: a coin toss. Dot: the threshold in use.",
-        draw_roc,
-        "auroc",
-    ),
-    (
-        "Precision–recall curves",
-        "How many of the flagged cases are right (precision), at every share of the positives found (recall). "
-        "Dashed: chance, which is the prevalence of the label. Dot: the threshold in use.",
-        draw_pr,
-        "auprc",
-    ),
-    (
-        "Calibration",
-        "Reliability diagrams with 15 bins of equal width. Of the cases given 30 %, about 30 % should be "
-        "positive: the dashed line; below it the model claims too much. Bars: 95 % Wilson interval of the bin (over "
-        f"cases, not patients). Hollow: fewer than {FEW_IN_BIN} cases. ECE: mean distance from the dashed line.",
-        draw_reliability,
-        "ece",
-    ),
-    (
-        "Score distributions",
-        "Probabilities of the positive cases (orange) and the negative cases (blue), as shares of their own group. "
-        "Dotted: the threshold in use.",
-        draw_histogram,
-        None,
-    ),
-)
+def draw_benefit(axes, y, p, at, row) -> None:
+    """Net benefit of the model and, dashed, of treating everybody; 0 is treating nobody."""
+    risks, top = np.arange(100) / 100, max(y.mean(), 1e-3)
+    model, everybody = net_benefit(y, p, risks)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.plot(risks, everybody, color=GREY, linestyle="--", linewidth=1)
+    axes.plot(risks, model, color=BLUE, linewidth=1.8)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.3 * top, 1.1 * top), xticks=[0, 0.5, 1])
+    axes.set(xlabel="Threshold probability", ylabel="Net benefit")
+    axes.tick_params(length=0, colors="#444444")
+    axes.locator_params(axis="y", nbins=4)
+
+
+KINDS = (  # title, panel, metric of its caption, how to read it
+    ("ROC curves", draw_roc, "auroc", "Sensitivity against false alarms over all thresholds. Dashed: a coin toss. Dot: "
+     "the threshold in use."),
+    ("Precision–recall curves", draw_pr, "auprc", "How many of the flagged cases are right (precision), at every share "
+     "of the positives found (recall). Dashed: chance, which is the prevalence of the label. Dot: the threshold in "
+     "use."),
+    ("Calibration", draw_reliability, "ece", "Reliability diagrams with 15 bins of equal width. Of the cases given "
+     "30 %, about 30 % should be positive: the dashed line; below it the model claims too much. Bars: 95 % Wilson "
+     f"interval of the bin (over cases, not patients). Hollow: fewer than {FEW_IN_BIN} cases. ECE: mean distance from "
+     "the dashed line."),
+    ("Score distributions", draw_histogram, None, "Probabilities of the positive cases (orange) and the negative cases "
+     "(blue), as shares of their own group. Dotted: the threshold in use."),
+    ("Decision curves", draw_benefit, "net_benefit", "Who treats at a risk of 10 % accepts nine needless treatments "
+     "for one that is needed. Net benefit: needed treatments for each case, less the needless ones at that rate of "
+     "exchange. The model is of use at the threshold probabilities where the blue line is above both treating "
+     "everybody (dashed) and nobody (zero). It takes the probabilities at their word: see the calibration first."),
+)  # fmt: skip
 
 
 RETRIEVAL = {  # of results.json: title, metric, short name, who is found
@@ -364,12 +256,11 @@ def retrieval_section(results: dict) -> str:
             f"{as_published}. Counted as CT-CLIP's scripts do, to be compared with its paper: only the report's own "
             "volume is right; a volume finds itself first, and MAP@K is the mean of the values up to K."
         )
-    terms = "".join(f"<dt>{title}</dt><dd>{text}</dd>" for title, text in terms.items())
     head = "".join(f"<th>K = {k}</th>" for k in ks)
     return f"""
 <section><h2>Retrieval</h2><p>{esc(text)}</p><div class="scroll"><table>
 <thead><tr><th>Search</th><th>Queries</th><th>Gallery</th>{head}<th>Median rank</th></tr></thead>
-<tbody>{rows}</tbody></table></div><dl>{terms}</dl><div class="grid">{panels}</div></section>"""
+<tbody>{rows}</tbody></table></div>{definitions(terms)}<div class="grid">{panels}</div></section>"""
 
 
 PAIR_METRICS = {  # of results.json: column, digits
@@ -458,7 +349,8 @@ def gallery_section(results: dict, gallery: list[dict] | None) -> str:
         return ""
     if gallery is None:
         text = (
-            "Not in this page, which was made again from the results files: evaluate.py draws it from the photographs."
+            "Not in this page, which was made again from the results files, or with --no-pictures: evaluate.py draws "
+            "it from the photographs."
         )
         return f"\n<section><h2>Retrieval gallery</h2><p>{text}</p></section>"
 
@@ -500,7 +392,7 @@ def gallery_section(results: dict, gallery: list[dict] | None) -> str:
 <h3>A pair of eyes asks, texts answer</h3>{parts["image"]}</section>"""
 
 
-def figures_section(title, text, draw, metric, results, targets, probs) -> str:
+def figures_section(title, draw, metric, text, results, targets, probs) -> str:
     """One kind of panel for every label, in the order of the table; labels that cannot be drawn are named with why."""
     panels, left_out = [], []
     cut = [row["threshold"] for row in results["per_label"].values()]
@@ -508,10 +400,14 @@ def figures_section(title, text, draw, metric, results, targets, probs) -> str:
     for k, (name, row) in enumerate(results["per_label"].items()):
         known = ~np.isnan(targets[:, k]) & ~np.isnan(probs[:, k])
         y, p, at = targets[known, k], probs[known, k], flagged[known, k]
-        if not len(y) or (row["auroc"] is None and metric in ("auroc", "auprc")):
+        if not len(y) or (row["auroc"] is None and metric in ("auroc", "auprc", "net_benefit")):
             left_out.append(f"{name} ({why_undefined(row)})")
             continue
-        if metric:
+        if metric == "net_benefit":
+            risk = "0.1" if row["prevalence"] < 0.2 else "0.3"
+            model, everybody = (number(row[metric][risk][who]) for who in ("model", "treat_all"))
+            said = f"at {risk}: model {model}, treat all {everybody}"
+        elif metric:
             between = interval(row, metric)
             said = f"{metric.upper()} {number(row[metric])}" + (f" [{between}]" if between else "")
         else:
@@ -523,95 +419,71 @@ def figures_section(title, text, draw, metric, results, targets, probs) -> str:
     return f'<section><h2>{esc(title)}</h2><p>{esc(text)}</p><div class="grid">{"".join(panels)}</div>{note}</section>'
 
 
-# ==== Page =====================================================================================================
+# ==== Sections ===============================================================================================
 
-CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light; } * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1280px; padding: 28px 28px 60px; color: #1c1c1c; background: #fff;
-  font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
-h1 { font-size: 29px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 21px; margin: 44px 0 4px; }
-p { margin: 6px 0 12px; max-width: 78ch; }
-small { display: block; font-size: 13px; } small, .sub, figcaption { color: #555; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 22px 0 8px; }
-.tile { border: 1px solid #d9d9d9; border-top: 4px solid #0072B2; border-radius: 4px; padding: 10px 16px 12px; }
-.tile b { display: block; font-size: 31px; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.warnings { border-left: 5px solid #D55E00; background: #fdf3ec; padding: 10px 18px; margin: 20px 0; }
-.warnings ul { margin: 4px 0; padding-left: 20px; } .warnings li { margin: 3px 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 8px; text-align: right; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
-td { white-space: nowrap; } thead th { vertical-align: bottom; border-bottom: 2px solid #333; line-height: 1.25; }
-th:first-child, td:first-child { text-align: left; padding-left: 2px; white-space: normal; min-width: 150px; }
-tbody.total td { background: #f5f7f9; } tbody.total tr:first-child td { border-top: 2px solid #333; }
-.undefined { color: #8a4b00; font-style: italic; }
-.mark { width: 100px; height: 22px; display: block; } th.scale { text-align: center; }
-.chance { color: #555; padding-left: 0; } th.chance { font-weight: normal; }
-.grid { display: grid; grid-template-columns: repeat(4, 1fr); gap: 20px 16px; margin-top: 14px; }
-figure { margin: 0; } figure img { width: 100%; display: block; }
-figcaption { font-size: 14px; line-height: 1.35; padding-left: 6px; } figcaption b { color: #1c1c1c; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.facts td:first-child { width: 210px; color: #555; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 10px 0; }
-dt { font-weight: 600; } dd { margin: 0; max-width: 78ch; }
-h3 { font-size: 17px; margin: 24px 0 4px; } .grid.three { grid-template-columns: repeat(3, 1fr); max-width: 960px; }
-.ask { display: grid; grid-template-columns: 232px 1fr; gap: 16px; padding: 12px 0; border-top: 1px solid #e6e6e6; }
-.ask ol { display: grid; gap: 8px; margin: 0; padding: 0; list-style: none; } q { overflow-wrap: anywhere; }
-.ask.text ol { grid-template-columns: repeat(5, 1fr); } .ask small, q { line-height: 1.35; overflow-wrap: anywhere; }
-.ask li { border: 1px solid #ddd; border-left: 6px solid; border-radius: 3px; padding: 4px 8px; font-size: 14px; }
-.ask.image li { display: grid; grid-template-columns: 150px 1fr 190px; gap: 10px; }
-.ask .right { border-left-color: #0072B2; background: #eef6fb; } .right b { color: #00568a; }
-.ask .near { border-left-color: #009E73; background: #eef8f4; } .near b { color: #00664b; }
-.ask .wrong { border-left-color: #D55E00; background: #fdf3ec; } .wrong b { color: #a34700; }
-.eyes { display: flex; gap: 3px; } .eyes img { width: 50%; max-width: 112px; display: block; }
-.gone { color: #555; font-style: italic; font-size: 13px; }
-@media screen and (max-width: 900px) { .grid { grid-template-columns: repeat(2, 1fr); } dl { display: block; } }
-@page { size: A4; margin: 13mm 12mm; }
-@media print {
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; } h1 { font-size: 19pt; } h2 { font-size: 14pt; }
-  table { font-size: 8.5pt; } th, td { padding: 2.5pt 4pt; } small { font-size: 7.5pt; } .tile b { font-size: 18pt; }
-  th:first-child, td:first-child { min-width: 80pt; } .mark { width: 62pt; height: 13.5pt; }
-  thead { display: table-header-group; } .scroll { overflow: visible; } figcaption { font-size: 8.5pt; }
-  p, tr, .tile, .warnings, figure, .ask { break-inside: avoid; } h2, h2 + p { break-after: avoid; }
-  .grid { gap: 10pt 8pt; }
-}
-"""
 
 READING = {
     "AUROC": "the chance that a positive case gets a higher score than a negative one: 0.5 is a coin toss, 1 perfect. "
     "It depends neither on the threshold nor on how rare the label is.",
     "AUPRC": "average precision: the precision over all recalls. Chance is the prevalence, so 0.30 is poor for a label "
     "that half of the cases have, and good for one that 2 % have.",
-    "Precision, recall, F1": "at the threshold. Precision: of the flagged cases the share that is positive. "
-    "Recall: of the positive cases the share that is flagged. F1: their harmonic mean. In averages 0/0 counts as 0.",
-    "Macro, micro": "macro is the plain mean over the labels that are defined (how many is stated); micro pools all "
-    "decisions, so frequent labels weigh more.",
+    "Sensitivity, specificity": "at the threshold: the share of the positive cases that is flagged (also called "
+    "recall), and the share of the negative cases that is not.",
+    "PPV, NPV": "at the threshold: the share of the flagged cases that is positive (also called precision), and the "
+    "share of the others that is negative. Both hold for the prevalence in these cases, and change with it.",
+    "F1": "the harmonic mean of sensitivity and PPV. In averages 0/0 counts as 0 in these three.",
+    "Macro, weighted, micro": "macro is the plain mean over the labels that are defined (how many is stated); weighted "
+    "gives each label the weight of its positive cases; micro pools all decisions, so frequent labels weigh more.",
     "Interval": "the range of values that other samples of patients would plausibly give. It covers neither errors in "
     "the labels nor another hospital. Two models need a paired comparison, not a look at overlapping intervals.",
+    "DeLong": "interval of the AUROC without resampling, on the logit scale, with the cases of one patient taken as "
+    "dependent (Obuchowski). Where it differs much from the other, there are too few positive or negative cases.",
     "Undefined": "the data cannot answer: an AUROC without a positive case, for example. It is not a zero.",
+}
+CALIBRATION = {
+    "ECE": "mean distance of probability and frequency over 15 bins (i/15, (i+1)/15] of equal width, weighted by their "
+    "cases. Adaptive: bins of equal counts. MCE: the largest. 0 is perfect, but few cases alone make all three larger.",
+    "Brier, log-loss": "mean squared distance to the label, and mean negative log-likelihood in nats. Lower is better, "
+    "and ranking counts too. Always saying the prevalence v gives a Brier score of v (1 − v).",
+    "Slope, intercept": "of a logistic regression of the label on the logit of the probability: 1 and 0 are perfect, a "
+    "slope below 1 is too extreme. Undefined where a score separates the classes, or all scores are equal. In the "
+    "large: the intercept at slope 1; below 0 the probabilities are too high.",
+    "Temperature": "fitted to validation cases; logits are divided by it, which changes no ranking.",
 }
 
 
-def esc(text) -> str:
-    return html.escape(str(text), quote=True)
+def definitions(terms: dict[str, str]) -> str:
+    return f"<dl>{''.join(f'<dt>{esc(term)}</dt><dd>{esc(text)}</dd>' for term, text in terms.items())}</dl>"
+
+
+def table(columns, rows: str, kind: str = "") -> str:
+    """`columns`: texts, escaped here; `rows`: HTML."""
+    head = "".join(f"<th>{esc(column)}</th>" for column in columns)
+    return f"""<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>
+<tbody>{rows}</tbody></table></div>"""
+
+
+def missing(why: str, word: str = "undefined", columns: int = 1) -> str:
+    """A table cell of a number that the data do not give, with why in small print."""
+    return f'<td colspan="{columns}"><span class="undefined">{word}</span><small>{why}</small></td>'
 
 
 def cell(row: dict, metric: str) -> str:
-    """A table cell: the value, and in small print its interval; empty where the row has no such metric."""
+    """A table cell: the value, and in small print its interval, or why it is undefined; empty where the row has no such
+    metric."""
     if metric not in row:
         return "<td></td>"
-    if row[metric] is None:
-        return '<td><span class="undefined">undefined</span></td>'
     positives, flagged = row.get("positives", 1), row.get("flagged", 1)
-    if {"precision": flagged, "recall": positives, "f1": positives + flagged}.get(metric) == 0:
-        return '<td><span class="undefined">0/0</span></td>'
+    zero = {"precision": flagged, "recall": positives, "f1": positives + flagged}.get(metric) == 0
+    if row[metric] is None or zero:
+        why = " ".join(why_undefined(row).split()[:2]) if "positives" in row else ""
+        by_threshold = {"precision": "none flagged", "npv": "all flagged"} if row.get("n") else {}
+        return missing(by_threshold.get(metric, why), "undefined" if row[metric] is None else "0/0")
     return f"<td>{number(row[metric])}<small>{interval(row, metric)}</small></td>"
 
 
 def mark(row: dict) -> str:
-    """A table cell with the AUROC as a dot and its interval as a bar, from 0 to 1; the tick is chance."""
+    """A table cell with the AUROC as a dot, its interval as a bar from 0 to 1, chance as a tick; below DeLong's."""
     value, low, high = (row.get(key) for key in ("auroc", "auroc_low", "auroc_high"))
     if value is None:
         return "<td></td>"
@@ -619,7 +491,8 @@ def mark(row: dict) -> str:
     if low is not None:
         svg += f'<path d="M{5 + 100 * low:.1f} 12H{5 + 100 * high:.1f}" stroke="#8fbfdd" stroke-width="8"/>'
     svg += f'<circle cx="{5 + 100 * value:.1f}" cy="12" r="3.2" fill="{BLUE}"/>'
-    return f'<td><svg class="mark" viewBox="0 0 110 24" aria-hidden="true">{svg}</svg></td>'
+    svg = f'<svg class="mark" viewBox="0 0 110 24" aria-hidden="true">{svg}</svg>'
+    return f"<td>{svg}<small>{interval(row, 'auroc_delong')}</small></td>"
 
 
 def table_row(name: str, under: str, n, positives: str, row: dict) -> str:
@@ -628,7 +501,7 @@ def table_row(name: str, under: str, n, positives: str, row: dict) -> str:
     return (
         f"<tr><td>{esc(name)}<small>{esc(under)}</small></td><td>{n}</td><td>{positives}</td>"
         + (cell(row, "auroc") + mark(row) + cell(row, "auprc") + f'<td class="chance">{chance}</td>')
-        + "".join(cell(row, metric) for metric in ("f1", "precision", "recall", "specificity"))
+        + "".join(cell(row, metric) for metric in ("recall", "specificity", "precision", "npv", "f1"))
         + f"<td>{number(row['threshold']) if row.get('threshold') is not None else ''}</td></tr>\n"
     )
 
@@ -639,7 +512,9 @@ def table_section(results: dict) -> str:
         share = f"<small>{100 * row['prevalence']:.1f} %</small>" if row["n"] else ""
         rows += table_row(name, "", row["n"], f"{row['positives']}{share}", row)
     defined = f"{results['macro']['n_defined']} of {len(results['per_label'])} labels"
-    totals = table_row("Macro", defined, "", "", results["macro"]) + table_row("Micro", "", "", "", results["micro"])
+    totals = table_row("Macro", defined, "", "", results["macro"])
+    totals += table_row("Weighted", "by positive cases", "", "", results["weighted"])
+    totals += table_row("Micro", "all decisions", "", "", results["micro"])
     text = f"Thresholds: {results['thresholds_source']}."
     if any(row["threshold"] is not None for row in results["per_label"].values()):
         text += " A case is flagged when its probability reaches the threshold."
@@ -650,28 +525,98 @@ def table_section(results: dict) -> str:
         )
     return f"""
 <section><h2>Numbers by label</h2><p>{esc(text)}</p><div class="scroll"><table>
-<thead><tr><th>Label</th><th>Cases</th><th>Positive</th><th>AUROC</th><th class="scale">0 to 1</th><th>AUPRC</th>
-<th class="chance">chance</th><th>F1</th><th>Precision</th><th>Recall</th><th>Specificity</th>
+<thead><tr><th>Label</th><th>Cases</th><th>Positive</th><th>AUROC</th><th class="scale">0 to 1<small>DeLong</small></th>
+<th>AUPRC</th><th class="chance">chance</th><th>Sensitivity</th><th>Specificity</th><th>PPV</th><th>NPV</th><th>F1</th>
 <th>Threshold</th></tr></thead><tbody>{rows}</tbody><tbody class="total">{totals}</tbody></table></div></section>"""
 
 
-def fact(name: str, value) -> str:
-    """A row of the provenance table."""
-    if isinstance(value, dict):
-        value = ", ".join(f"{k} {v}" for k, v in value.items())
-    text = "not known" if value is None else value
-    return f"<tr><td>{esc(name.replace('_', ' '))}</td><td>{esc(text)}</td></tr>"
+def operating_section(results: dict) -> str:
+    """Specificity at given sensitivities and the reverse, for each label."""
+    rows, sides = "", ("sensitivity", "specificity")
+    for name, row in results["per_label"].items():
+        cells = "" if row["operating_points"] else missing(why_undefined(row), columns=6)
+        for point in row["operating_points"]:
+            other, reached = sides[point["at"] == sides[0]], point[point["at"]]
+            small = "flags nobody" if point["threshold"] is None else f"at {point['threshold']:.3g}"
+            small += f"<br>{point['at']} {reached:.3f}" if reached > point["target"] + 0.02 else ""
+            cells += f"<td>{number(point[other])}<small>{small}</small></td>"
+        rows += f"<tr><td>{esc(name)}</td>{cells}</tr>\n"
+    columns = [f"{other.capitalize()} at {at} {target:.2f}" for at, other in (sides, sides[::-1]) for target in TARGETS]
+    return f"""
+<section><h2>Operating points</h2><p>What the label's scores allow: the specificity where the sensitivity reaches at
+least 0.80, 0.90 or 0.95, and the reverse. Small print: the threshold, and what is reached where that is more.</p>
+<p class="caution">These thresholds are read off the scored cases. They describe the curve; on other patients they will
+not reach the same numbers. A threshold for use comes from other cases (<code>--validation</code>,
+<code>--threshold-part</code>).</p>{table(["Label", *columns], rows)}</section>"""
+
+
+def count_cell(count: float, total: float, color: str, mark: str = "") -> str:
+    """A cell of a confusion matrix: the count, its share of the row, which also gives the depth of the colour."""
+    share = count / total if total else 0
+    small = f"{mark} {100 * share:.0f} %" if total else mark
+    return f'<td style="background:{color}{round(110 * share):02x}">{count:g}<small>{small}</small></td>'
+
+
+def class_confusion(names, targets, probs) -> str:
+    """The K x K table of the cases with one positive label; targets, probs: (n, K) of these cases."""
+    best, rows = probs == probs.max(1, keepdims=True), ""
+    counts = (targets == 1).T.astype(float) @ (best / best.sum(1, keepdims=True))  # equal ones share the vote
+    for k, name in enumerate(names):
+        total = counts[k].sum()
+        cells = "".join(count_cell(count, total, (ORANGE, BLUE)[j == k]) for j, count in enumerate(counts[k]))
+        rows += f"<tr><td>{esc(name)}</td>{cells}<td>{total:g}</td></tr>\n"
+    return f"""
+<section><h2>Confusion matrix</h2><p>The {len(probs)} cases with exactly one positive label, by that label (rows) and
+the most probable one (columns). Percentages are of the row: the blue diagonal holds the sensitivity of each class.</p>
+{table(["Positive", *names, "All"], rows, "confusion")}</section>"""
+
+
+def confusion_section(results: dict, targets, probs) -> str:
+    """A 2 x 2 table for each label; one K x K table where the most probable class is the answer."""
+    tables, one = "", ((targets == 1).sum(1) == 1) & ~np.isnan(targets + probs).any(1)
+    if one.any() and None in [row["threshold"] for row in results["per_label"].values()]:
+        return class_confusion(results["per_label"], targets[one], probs[one])
+    for name, row in results["per_label"].items():
+        if not row["n"]:
+            continue
+        ill, well = row["positives"], row["n"] - row["positives"]
+        found = [count_cell(row[name], n, color, name.upper()) for name, n, color in (
+            ("tp", ill, BLUE), ("fn", ill, ORANGE), ("fp", well, ORANGE), ("tn", well, BLUE))]  # fmt: skip
+        rows = "<tr><td>positive</td>{}{}</tr><tr><td>negative</td>{}{}</tr>".format(*found)
+        said = f"{why_undefined(row)}: balanced accuracy, MCC and kappa undefined"
+        if row["auroc"] is not None:
+            balanced, mcc, kappa = (number(row[metric]) for metric in ("balanced_accuracy", "mcc", "kappa"))
+            said = f"balanced accuracy {balanced}<br>MCC {mcc}, kappa {kappa}"
+        tables += f"<figure><b>{esc(name)}</b>{table(['', 'flagged', 'not flagged'], rows, 'confusion')}"
+        tables += f"<figcaption>{said}</figcaption></figure>\n"
+    return f"""
+<section><h2>Confusion matrices</h2><p>Cases at the threshold in use. Percentages are of the row: sensitivity and its
+misses above, false alarms and specificity below. Blue is right, orange wrong. MCC (Matthews) and kappa (Cohen) say how
+far flags and labels agree: 1 is perfect, 0 chance.</p><div class="grid cells">{tables}</div></section>"""
+
+
+def calibration_section(results: dict) -> str:
+    """The numbers that go with the reliability diagrams, and those after temperature scaling where there is one."""
+    columns = ["Label", "Brier", "Log-loss", "ECE", "Adaptive ECE", "MCE", "In the large", "Slope", "Intercept"]
+    tempered = any(row["temperature"] is not None for row in results["per_label"].values())
+    columns += ["Temperature", "ECE with it", "Brier with it", "Log-loss with it"] * tempered
+    rows = ""
+    for name, row in results["per_label"].items():
+        if not row["n"]:
+            continue
+        why = " ".join(why_undefined(row).split()[:2]) if row["auroc"] is None else "see Slope"
+        values = [row["calibration"][key] for key in ("ece_adaptive", "mce", "in_the_large", "slope", "intercept")]
+        cells = "".join(missing(why) if value is None else f"<td>{number(value)}</td>" for value in values)
+        after = [row["temperature"], *((row["calibrated"] or {}).get(key) for key in ("ece", "brier", "log_loss"))]
+        cells += "".join(f"<td>{'none' if value is None else number(value)}</td>" for value in after * tempered)
+        cells = "".join(cell(row, metric) for metric in ("brier", "log_loss", "ece")) + cells
+        rows += f"<tr><td>{esc(name)}</td>{cells}</tr>\n"
+    terms = {term: text for term, text in CALIBRATION.items() if tempered or term != "Temperature"}
+    return f"""
+<section><h2>Calibration in numbers</h2>{table(columns, rows)}{definitions(terms)}</section>"""
 
 
 HEADLINE = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
-
-
-def tile(title: str, row: dict, metric: str, results: dict, beside=()) -> str:
-    """A number in large print; below it its interval, and the texts `beside` it."""
-    between = interval(row, metric)
-    small = [f"{100 * results['interval']['level']:.0f} % interval {between}"] if between else []
-    small = "<br>".join(map(esc, [*small, *beside]))
-    return f'<div class="tile"><small>{esc(title)}</small><b>{number(row.get(metric))}</b><small>{small}</small></div>'
 
 
 def headline(results: dict) -> str:
@@ -695,36 +640,21 @@ def headline(results: dict) -> str:
     return f'<div class="tiles">{tiles}</div>'
 
 
-def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray, gallery=None) -> None:
+def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray, gallery=None, drawn=None) -> None:
     """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load;
-    gallery: of `retrieval.gallery`, None where its pictures are not at hand."""
+    gallery: of `retrieval.gallery`, drawn: of `pictures.draw`; None where the images are not at hand."""
     about = f"{results['n']} cases of {people(results)}, {len(results['per_label'])} labels"
-    reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
     tables = table_section(results) if results["per_label"] else ""
-    reading = f"<section><h2>How to read this</h2><dl>{reading}</dl></section>" if tables else ""
-    figures = "".join(figures_section(*kind, results, targets, probs) for kind in KINDS) if tables else ""
+    reading = f"<section><h2>How to read this</h2>{definitions(READING)}</section>" if tables else ""
+    figures = ""
+    if tables:
+        figures = operating_section(results) + confusion_section(results, targets, probs)
+        for title, *kind in KINDS:
+            figures += figures_section(title, *kind, results, targets, probs)
+            figures += calibration_section(results) if title == "Calibration" else ""
     body = headline(results) + tables + retrieval_section(results) + gallery_section(results, gallery)
-    write_page(path, results, about, body + reading + figures)
-
-
-def write_page(path: Path, results: dict, about: str, body: str, style: str = "") -> None:
-    """The frame of every page: title, warnings, `body`, which is HTML, and provenance; `style` is added to the CSS."""
-    title = esc(f"Evaluation of {results['evaluated']}")
-    warnings = "".join(f"<li>{esc(sentence)}</li>" for sentence in warnings_of(results))
-    if warnings:
-        warnings = f'<div class="warnings"><b>Before you use these numbers</b><ul>{warnings}</ul></div>'
-    origin = "".join(fact(name, value) for name, value in results["provenance"].items())
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{CSP}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}{style}</style></head><body>
-<header><h1>{title}</h1><p class="sub">{esc(about)}. Data: {esc(results["evaluated_on"])}.</p></header>
-{warnings}{body}
-<section><h2>Where these numbers come from</h2><table class="facts"><tbody>{origin}</tbody></table></section>
-</body></html>
-"""
-    write_atomic(path, page)
+    body += pictures.errors_section(results, drawn) + subgroup_section(results)
+    write_page(path, results, about, body + reading + figures, pictures.STYLE)
 
 
 # ==== Main =====================================================================================================
@@ -741,6 +671,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         results = json.loads(args.results.read_text(encoding="utf-8"))
+        if "comparison" in results:
+            raise UserError(
+                f"{args.results}: of --compare (run its command of evaluate.py again, which makes the page)"
+            )
         names, failed = list(results["per_label"]), [f["id"] for f in results["failed"]]
     except OSError as e:
         raise UserError(f"{args.results}: {e.strerror}") from e

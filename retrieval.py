@@ -42,22 +42,22 @@ import io
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_array
 
 from common import (
     UserError,
     average_precision,
     average_precision_chance,
     bootstrap_counts,
-    class_matches,
     hit_chance,
     overlap_at_k,
     recall_at_k,
-    report_matches,
     retrieval_ranks,
     same_words,
     write_atomic,
 )
-from report import RETRIEVAL, number
+from page import number
+from report import RETRIEVAL
 
 LEVEL = 0.95  # of the intervals
 KS = (1, 5, 10, 50, 100)  # of volumes
@@ -90,7 +90,8 @@ def with_spread(columns: dict, weights: np.ndarray | None) -> dict:
 def _median(values, weights) -> np.ndarray:
     """Median of values (n,), each as often as each column of weights (n, B) says, fractions too: (B,)."""
     order = np.argsort(values, kind="stable")
-    values, upto = values[order], np.cumsum(weights[order], axis=0)
+    values, upto = values[order], weights[order]
+    np.cumsum(upto, axis=0, out=upto)
     low, high = upto[-1] / 2 * (1 - 1e-12), upto[-1] / 2 * (1 + 1e-12)  # sums of fractions are not exact
     return (values[(upto > low).argmax(0)] + values[(upto > high).argmax(0)]) / 2
 
@@ -157,6 +158,29 @@ def volume_retrieval(cases, n_resamples: int, seed: int) -> dict:
 
 
 @dataclasses.dataclass
+class Right:
+    """Which of a gallery (m) are right for which queries (n): those of the same key. Indexed by c rows: (c, m) bool.
+
+    All of it at once would be 10 GB of 100 000 pairs.
+    """
+
+    queries: csr_array  # (n, C) bool: keys of the queries
+    gallery: csr_array  # (C, m) bool: keys of the gallery; no two are common to a query and one of these
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return (self.queries[rows] @ self.gallery).toarray()
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """(m,): for what share of these queries, bool (n,), each of the gallery is right."""
+        return (self.queries[rows].sum(0) @ self.gallery) / rows.sum()
+
+
+def keys(codes: np.ndarray, n_codes: int) -> csr_array:
+    """(n, C) bool, sparse: one key each, codes (n,)."""
+    return csr_array((np.ones(len(codes), bool), (np.arange(len(codes)), codes)), (len(codes), n_codes))
+
+
+@dataclasses.dataclass
 class Truth:
     """Who belongs to whom, in the order of the ids, so that the order of the data changes no digit."""
 
@@ -164,14 +188,16 @@ class Truth:
     texts: np.ndarray  # (m,) the same of texts; empty ones are left out
     codes: np.ndarray  # (m,) number of each text among the D distinct ones
     first: np.ndarray  # (D,) place in `texts` of the first of each
-    holds: np.ndarray  # (n, D) bool: the image has that text
+    holds: csr_array  # (n, D) bool: the image has that text, or one that is word for word the same
     pairs: np.ndarray  # (p, 2) place of an image, number of its text
     owners: list[set[str]]  # (m,) patients of the images of each text
 
     def text_classes(self, classes: np.ndarray) -> np.ndarray:
         """Class (D,) of each distinct text, of those of the images (n,); '' where they disagree, or none has one."""
-        right = class_matches(self.pairs, list(classes), self.holds.shape[1])
-        return np.where(right.any(0), classes[right.argmax(0)], "")
+        found = [set() for _ in self.first]
+        for i, code in self.pairs:
+            found[code].add(classes[i])
+        return np.array([some.pop() if len(some) == 1 else "" for some in found], object)
 
 
 def truth(out: dict, ids) -> Truth:
@@ -189,8 +215,8 @@ def truth(out: dict, ids) -> Truth:
     words, owners = [words[j] for j in texts], [owners[j] for j in texts]
     codes = pd.factorize(np.array(words, object))[0]
     first = np.unique(codes, return_index=True)[1]
-    holds = report_matches(pairs, words, len(images))[:, first]
     pairs[:, 1] = codes[pairs[:, 1]]
+    holds = csr_array((np.ones(len(pairs), bool), pairs.T), (len(images), len(first)))
     return Truth(np.array(images, int), np.array(texts, int), codes, first, holds, pairs, owners)
 
 
@@ -204,52 +230,52 @@ def pair_retrieval(out: dict, ids, n_resamples: int, seed: int) -> dict:
         of_texts = t.text_classes(classes)
         read, told = np.isfinite(images).all(1), np.isfinite(texts).all(1)
         first = t.first[told[t.first]]
-        codes, asked, holds = t.codes[first], t.codes[told], t.holds[read]
-        directions = {
+        codes, asked, holds = t.codes[first], keys(t.codes[told], len(t.first)), t.holds[read]
+        directions = {  # rows of the queries, of the gallery, ...
             "image_to_text": (
-                images[read],
-                texts[first],
-                holds[:, codes],
+                (images, read),
+                (texts, first),
+                Right(holds, keys(codes, len(t.first)).T),
                 classes[read],
                 of_texts[codes],
                 patients,
-                read,
             ),
             "text_to_image": (
-                texts[told],
-                images[read],
-                holds.T[asked],
-                of_texts[asked],
+                (texts, told),
+                (images, read),
+                Right(asked, holds.T),
+                of_texts[t.codes[told]],
                 classes[read],
                 t.owners,
-                told,
             ),
         }
-        for name, (*some, owners, rows) in directions.items():
+        for name, ((asking, rows), (held, others), *some, owners) in directions.items():
             owners = [owners[i] for i in np.flatnonzero(rows)]
-            row = search(*some, owners, n_resamples, seed)
+            row = search(asking[rows], held[others], *some, owners, n_resamples, seed)
             found[name][level] = row and row | {"distinct_texts": len(first)}
     return found
 
 
 def search(queries, gallery, right, query_classes, gallery_classes, owners, n_resamples: int, seed: int) -> dict | None:
-    """One direction at one level; None without a query. right: (n, m) bool; owners: the patients of each query (n,)."""
+    """One direction at one level; None without a query. right: a Right; owners: the patients of each query (n,)."""
     if not len(queries) or not len(gallery):
         return None
     told, owned = gallery_classes != "", np.array([len(some) > 0 for some in owners])
     kinds = {"": (queries, gallery, right)}  # prefix of the metrics
     if len(set(gallery_classes[told])) > 1:
-        codes = pd.factorize(np.append(gallery_classes[told], query_classes))[0]  # '' has one that no answer has
-        kinds["class_"] = queries, gallery[told], codes[told.sum() :, None] == codes[: told.sum()]
+        codes, names = pd.factorize(np.append(gallery_classes[told], query_classes))  # '' has one that no answer has
+        answers, asked = (keys(some, len(names)) for some in np.split(codes, [told.sum()]))
+        kinds["class_"] = queries, gallery[told], Right(asked, answers.T)
     ranks = {}
     for prefix, (asking, held, hits) in kinds.items():
-        model, often = retrieval_ranks(asking, held, right=hits), hits[owned].mean(0)[:, None]  # as the fixed scores
+        model, often = retrieval_ranks(asking, held, right=hits), hits.share(owned)[:, None]  # as the fixed scores
         alike = query_classes if prefix else np.arange(len(asking))  # to them all queries of a class are the same
         _, first, back = np.unique(alike, return_index=True, return_inverse=True)
-        fixed = retrieval_ranks(np.ones((len(first), 1)), often, right=hits[first])
+        once = Right(hits.queries[first], hits.gallery)
+        fixed = retrieval_ranks(np.ones((len(first), 1)), often, right=once)
         if prefix:
             model["map"] = average_precision(asking, held, right=hits)
-            fixed["map"] = average_precision(np.ones((len(first), 1)), often, right=hits[first])
+            fixed["map"] = average_precision(np.ones((len(first), 1)), often, right=once)
         ranks[prefix] = model, {k: v[back] for k, v in fixed.items()}
 
     def numbers(rows) -> dict:
@@ -268,9 +294,8 @@ def search(queries, gallery, right, query_classes, gallery_classes, owners, n_re
             elif len(columns) > len(PAIR_KS):  # all K, and the rank
                 recalls = [columns[f"recall@{k}"] for k in PAIR_KS]
                 columns["mean_recall"] = tuple(sum(x) / len(x) for x in zip(*recalls, strict=True))
-            weights = _resamples([owners[i] for i in asked], n_resamples, seed)
-            columns = {prefix + name: column for name, column in columns.items()}
-            found |= {f"{prefix}n": len(asked)} | with_spread(columns, weights)
+            columns, patients = {prefix + name: column for name, column in columns.items()}, [owners[i] for i in asked]
+            found |= {f"{prefix}n": len(asked)} | with_spread(columns, _resamples(patients, n_resamples, seed))
         return found
 
     whole = numbers(np.full(len(queries), True))
@@ -286,7 +311,9 @@ def _resamples(owners, n_resamples: int, seed: int) -> np.ndarray | None:
     sizes, flat = np.array([len(some) for some in owners]), [name for some in owners for name in sorted(some)]
     names, inverse = np.unique(np.array(flat, object), return_inverse=True)
     counts = bootstrap_counts(names, n_resamples, seed)[inverse]
-    return np.add.reduceat(counts, np.cumsum(sizes) - sizes) / sizes[:, None]
+    counts = np.add.reduceat(counts, np.cumsum(sizes) - sizes)
+    counts /= sizes[:, None]
+    return counts
 
 
 def retrieval_lines(found: dict, with_level: bool) -> list[str]:
@@ -413,7 +440,7 @@ def gallery(out: dict, ids, pictures) -> list[dict]:
     classes = np.array(out["classes"]["patient"], object)[t.images]
     of_texts, told = t.text_classes(classes), np.isfinite(texts).all(1)
     read, first = np.flatnonzero(np.isfinite(images).all(1)), t.first[told[t.first]]
-    images, texts, holds = images[read], texts[first], t.holds[read][:, t.codes[first]]
+    images, texts, right = images[read], texts[first], t.holds[read] @ keys(t.codes[first], len(t.first)).T
     drawn = functools.cache(lambda row: thumbnails(pictures, row))
 
     def image(k: int) -> dict:
@@ -424,9 +451,9 @@ def gallery(out: dict, ids, pictures) -> list[dict]:
         row, kind = t.texts[first[k]], of_texts[t.codes[first[k]]]
         return {"id": str(out["text_ids"][row]), "text": out["texts"][row], "class": kind, "pictures": []}
 
-    sides = (("text", text, texts, image, images, holds.T), ("image", image, images, text, texts, holds))
+    sides = (("text", text, texts, image, images, right.T.tocsr()), ("image", image, images, text, texts, right))
     for kind, asker, queries, answerer, held, right in sides:
-        asked = np.flatnonzero(right.any(1))
+        asked = np.flatnonzero(right.sum(1))
         for q in asked[np.unique(np.linspace(0, max(len(asked) - 1, 0), SHOWN).astype(int))] if len(asked) else []:
             query, answers, scores = asker(q), [], held @ queries[q]
             for g in np.argsort(-scores, kind="stable")[:TOP]:  # equal scores: by id
@@ -434,7 +461,7 @@ def gallery(out: dict, ids, pictures) -> list[dict]:
                 other = "class" if query["class"] == one["class"] else "other"
                 mark = "report" if right[q, g] else other if query["class"] and one["class"] else "wrong"
                 answers.append(one | {"score": float(scores[g]), "mark": mark})
-            rank = float(retrieval_ranks(queries[q : q + 1], held, right=right[q : q + 1])["rank"][0])
+            rank = float(retrieval_ranks(queries[q : q + 1], held, right=right[[q]].toarray())["rank"][0])
             shown.append({"kind": kind, "query": query, "answers": answers, "gallery": len(held), "rank": rank})
     return shown
 

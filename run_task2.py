@@ -30,6 +30,7 @@ import platform
 import re
 import sys
 import time
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -297,12 +298,14 @@ class CTSlices(Dataset):
         """The packed array of the split if there is one, else one file a slice; all are looked for now."""
         pack = self.args.slice_dir / "packed" / f"{split}.npy"
         if "packed_row" in table.columns and pack.exists():
+            common.need_file(pack)
             try:
                 self.pack = np.load(pack, mmap_mode="r", allow_pickle=False)
                 self.rows = table["packed_row"].astype(int).to_numpy()
-            except (ValueError, EOFError, OSError) as e:
+            except (ValueError, EOFError, OSError, OverflowError, SyntaxError, tokenize.TokenError) as e:
                 raise UserError(f"{pack}: damaged, or not that of {path} (run prepare_ct.py slices again)") from e
-            good = self.pack.ndim == 3 and self.pack.dtype in (np.uint8, np.int16)
+            good = isinstance(self.pack, np.ndarray) and self.pack.dtype in (np.uint8, np.int16)
+            good = good and self.pack.ndim == 3 and min(self.pack.shape) > 0
             if not good or not 0 <= self.rows.min() <= self.rows.max() < len(self.pack):
                 raise UserError(f"{pack}: not the slices of {path} (run prepare_ct.py slices again)")
             return
@@ -467,12 +470,15 @@ def settle_pixels(args, image: np.ndarray) -> None:
     """What the stored slices are: size, levels or HU, windows, how they were extracted; errors where these clash."""
     store, settings = "hu" if image.dtype == np.int16 else "uint8", {}
     notes = args.slice_dir / "slice_extraction_stats.json"
+    stored = list(common.WINDOWS["chest"])
     if notes.exists():
+        common.need_file(notes)
         try:
-            settings = json.loads(notes.read_text()).get("settings", {})
-        except (ValueError, AttributeError) as e:
-            raise UserError(f"{notes}: not readable JSON (run prepare_ct.py slices again)") from e
-    stored = settings.get("window", list(common.WINDOWS["chest"]))
+            settings = dict(json.loads(notes.read_text(encoding="utf-8")).get("settings", {}))
+            stored = [float(x) for x in settings.get("window", stored)]
+            common.parse_windows([f"{stored[0]},{stored[1]}"])
+        except (ValueError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, UserError) as e:
+            raise UserError(f"{notes}: not the notes of prepare_ct.py slices (run it again)") from e
     windows = common.parse_windows(args.windows) if args.windows else None
     if store == "uint8":
         if windows and windows != [tuple(map(float, stored))]:
@@ -991,9 +997,8 @@ def checkpoint_of_original(state: dict, path: Path) -> dict:
 
 def build_eval_model(saved: dict, args, device) -> SliceClassifier:
     """The model of a checkpoint: its averaged weights where it has them."""
-    model = SliceClassifier(args).to(memory_format=torch.channels_last)
-    model.load_state_dict(saved["ema"] or saved["model"])
-    return model.to(device).eval()
+    model = common.filled(lambda: SliceClassifier(args), saved)
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def forward_flops(model, args) -> float:
@@ -1220,14 +1225,14 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def tune_thresholds(model, dataset, ctx) -> dict[str, list[float]]:
-    """Thresholds of each label on the validation split: with the best F1 for volumes and for slices; the best CRG."""
+    """Of each label on the validation split: temperature, thresholds by F1 (of volumes, of slices) and by CRG."""
     model.eval()
     out, n_labels = predict(model, dataset, ctx, "thresholds"), len(dataset.class_names)
     slices, volumes = ~np.isnan(out["rows"]).any(1), ~np.isnan(out["probs"]).any(1)
     of_slices = dataset.volume_targets[dataset.volume_of][slices], sigmoid(out["rows"][slices, :n_labels])
     of_volumes = dataset.volume_targets[volumes], out["probs"][volumes]
     return {
-        "thresholds": common.f1_thresholds(*of_volumes).tolist(),
+        **common.fit_to_validation(*of_volumes),
         "slice_thresholds": common.f1_thresholds(*of_slices).tolist(),
         "crg_thresholds": common.crg_thresholds(*of_volumes).tolist(),
     }
@@ -1272,9 +1277,7 @@ def train(args, ctx):
     if not saved:  # only now: a mistake in the data or the model has cost nothing
         common.forget_run(args.output_dir / LAST, ctx)
     else:
-        for name, part in parts.items():
-            if part is not None and (saved[name] or name != "scaler"):
-                common.load_state(part, saved[name])
+        common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
@@ -1487,7 +1490,8 @@ def load_model(args, ctx):
     own += ("amp", "on_bad_sample", "aggregate", "top_slices")
     model_args = args_from_checkpoint(saved, **{k: getattr(args, k) for k in own})
     if any(getattr(model_args, k) != saved["args"][k] for k in ("aggregate", "top_slices")):
-        saved |= {"thresholds": None, "crg_thresholds": None}  # those were fitted to other probabilities
+        # those were fitted to other probabilities
+        saved |= {"thresholds": None, "temperatures": None, "crg_thresholds": None}
     if ctx.master:
         print(f"checkpoint: {path} ({model_args.model}, {len(saved['class_names'])} labels), on {ctx}")
     return path, saved, model_args, build_eval_model(saved, model_args, ctx.device)

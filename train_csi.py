@@ -39,6 +39,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -440,8 +441,6 @@ def read_scores(path: Path, args) -> pd.DataFrame:
     twice = [name for name in names if (table.columns == name).sum() > 1 or f"{name}.1" in table.columns]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' is there twice")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first column for names of the rows
-        raise UserError(f"{path}: the rows have more columns than the first line has names")
     ids = identifiers(table["FileID"])
     for bad, what in ((ids == "", "has no FileID"), (ids.duplicated(), "has a FileID that came before")):
         if bad.any():
@@ -582,26 +581,25 @@ def read_film(path: Path) -> np.ndarray:
     PNG and JPEG, turned as their EXIF entry says and every viewer does; 2-D NIfTI, turned as the original tool turns it
     (np.rot90 by -1); DICOM (needs pydicom), rescaled, MONOCHROME1 inverted, its display window not applied.
     """
+    common.need_file(path)
     name = path.name.lower()
     try:
-        if name.endswith((".nii", ".nii.gz")):
-            image = nibabel.load(path)
-            check_size(path, *[n for n in image.shape if n != 1])
-            film = np.rot90(np.squeeze(np.asarray(image.dataobj, np.float32)), -1)
-        elif name.endswith((".dcm", ".dicom")):
-            film = read_dicom(path)
-        else:
-            with Image.open(path, formats=["PNG", "JPEG"]) as image:
-                check_size(path, image.height, image.width)
-                ImageOps.exif_transpose(image, in_place=True)
-                if not image.mode.startswith(("L", "I", "F")) or image.mode == "LA":
-                    image.info.pop("transparency", None)  # not a film's, and Pillow warns of it
-                    image = image.convert("L")
-                film = np.asarray(image, np.float32)
+        with warnings.catch_warnings(action="ignore"):  # of three libraries, at what is judged here or refused
+            if name.endswith((".nii", ".nii.gz")):
+                image = nibabel.load(path)
+                check_size(path, *[n for n in image.shape if n != 1])
+                film = np.rot90(np.squeeze(np.asarray(image.dataobj, np.float32)), -1)
+            elif name.endswith((".dcm", ".dicom")):
+                film = read_dicom(path)
+            else:
+                with Image.open(path, formats=["PNG", "JPEG"]) as image:
+                    check_size(path, image.height, image.width)
+                    ImageOps.exif_transpose(image, in_place=True)
+                    if not image.mode.startswith(("L", "I", "F")) or image.mode == "LA":
+                        image = image.convert("L")
+                    film = np.asarray(image, np.float32)
     except UserError:
         raise
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
     except Exception as e:  # three libraries, and what they raise at damaged files
         raise UserError(f"{path}: damaged or not what its name says: {' '.join(str(e).split())[:200]}") from e
     if not np.isfinite(film).all():
@@ -1215,9 +1213,8 @@ def load_checkpoint(model: nn.Module, path) -> dict:
 
 def build_eval_model(saved: dict, args, device) -> ZoneModel:
     """The model of a checkpoint: its averaged weights where it has them."""
-    model = ZoneModel(args).to(memory_format=torch.channels_last)
-    model.load_state_dict(saved["ema"] or saved["model"])
-    return model.to(device).eval()
+    model = common.filled(lambda: ZoneModel(args), saved)
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def forward_flops(model, args) -> float:
@@ -1694,9 +1691,7 @@ def train(args, ctx):
     if not saved:  # only now: a mistake in the data or the model has cost nothing
         common.forget_run(args.output_dir / LAST, ctx)
     else:
-        for name, part in parts.items():
-            if part is not None and (saved[name] or name != "scaler"):
-                common.load_state(part, saved[name])
+        common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])

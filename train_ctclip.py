@@ -809,8 +809,7 @@ def build_model(args, say=print) -> CTCLIP:
 
 def build_eval_model(saved: dict, args, device) -> CTCLIP:
     """The model of a checkpoint: its averaged weights where it has them."""
-    model = CTCLIP(args.model_config)
-    model.load_state_dict(saved["ema"] or saved["model"])
+    model = common.filled(lambda: CTCLIP(args.model_config), saved)
     model.tokenizer = saved["tokenizer"]
     return model.to(device).eval()
 
@@ -1162,9 +1161,7 @@ def train(args, ctx):
     if not saved:  # only now: a mistake in the data or the model has cost nothing
         common.forget_run(args.output_dir / LAST, ctx)
     else:
-        for name, part in parts.items():
-            if part is not None and (saved[name] or name != "scaler"):
-                common.load_state(part, saved[name])
+        common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
@@ -1295,7 +1292,7 @@ def finish(args, ctx, model, val_set, best, log) -> int:
     metrics = metrics_of(out, val_set)
     checkpoint["metrics"] = {k: float(v) for k, v in metrics.items()}
     read = np.isfinite(out["probs"]).all(1)
-    checkpoint["thresholds"] = common.f1_thresholds(val_set.targets[read], out["probs"][read]).tolist()
+    checkpoint |= common.fit_to_validation(val_set.targets[read], out["probs"][read])
     if ctx.master:
         save_checkpoint(args.output_dir / BEST, checkpoint)
         if args.export:

@@ -1137,8 +1137,7 @@ def build_model(args, say=print) -> RETCLIP:
 
 def build_eval_model(saved: dict, args, device) -> RETCLIP:
     """The model of a checkpoint: its averaged weights where it has them."""
-    model = RETCLIP(args.model_config)
-    model.load_state_dict(saved["ema"] or saved["model"])
+    model = common.filled(lambda: RETCLIP(args.model_config), saved)
     model.monocular, model.tokenizer = args.monocular, saved["tokenizer"]
     return model.to(device).eval()
 
@@ -1541,9 +1540,7 @@ def train(args, ctx):
     if not saved:  # only now: a mistake in the data or the model has cost nothing
         common.forget_run(args.output_dir / LAST, ctx)
     else:
-        for name, part in parts.items():
-            if part is not None and (saved[name] or name != "scaler"):
-                common.load_state(part, saved[name])
+        common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])

@@ -29,28 +29,27 @@ predictions.csv: FileID, patient, view, {zone}_prob_0 to _3, {zone}_prob_unknown
 {zone}_expected, csi, ahf_class. labels.csv: FileID, patient, view, the zones (empty: unknown), csi, diagnosis.
 """
 
-import base64
 import dataclasses
-import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
-from PIL import Image
 
 import common
-import report
+import page
 from common import UserError, class_metrics, confusion_counts, mean_defined, weighted_auroc, with_interval, write_csv
-from report import BLUE, FEW_POSITIVES, GREY, ORANGE, cell, esc, interval, number, panel
+from page import BLUE, FEW_POSITIVES, GREY, ORANGE, esc, interval, number, panel
+from pictures import picture_uri
+from report import READING, cell, draw_reliability, draw_roc
 from retrieval import LEVEL
+from subgroups import subgroup_section
 
 UNKNOWN = 4  # class of a zone without a score
 AHF = ("low", "medium", "high", "not gradable")
 CUTS = (1.3, 2.2)  # of the mean CSI, between the first three
 PARTS = {"mean": "", "right": "right", "left": "left", "upper": "sup", "mid": "mid", "lower": "inf"}  # in a zone's name
-SHOWN, PICTURE, MANY = 6, 320, 1500  # films in the report; pixels of their side; dots of a figure that are vectors
+SHOWN, MANY = 6, 1500  # films in the report; dots of a figure that are vectors
 
 
 @dataclasses.dataclass
@@ -229,6 +228,13 @@ def views_block(films: Films, weights) -> dict | None:
     return found or None
 
 
+def film_cell(films: Films, n_resamples: int, seed: int) -> dict:
+    """Numbers of the films of a subgroup."""
+    weights, graded = common.bootstrap_weights(films.groups.astype(str), n_resamples, seed), films.truth < UNKNOWN
+    found = pooled_scores(films, graded, films.severity, films.expected, weights, ("qwk", "mae", "exact"))
+    return {"n_zones": graded.sum()} | found
+
+
 def second_reader(films: Films, script, weights) -> dict | None:
     """The second reader and the model, on the zones that both readers graded."""
     if films.reader2 is None:
@@ -315,8 +321,17 @@ def zone_lines(results: dict) -> list[str]:
 
 
 def write_zones(folder: Path, results: dict, cases) -> None:
-    """predictions.csv, labels.csv and report.html; the head of this file has the columns."""
+    """predictions.csv, labels.csv and report.html."""
     script, films = cases.zones["script"], cases.zones["films"]
+    write_films(folder, cases.zones)
+    about = f"{results['n']} films of {page.people(results)}, {results['pooled']['n']} graded zones"
+    body = page_body(results, films, script, largest_errors(cases.zones))
+    page.write_page(folder / "report.html", results, about, body, STYLE)
+
+
+def write_films(folder: Path, zones: dict, file: str = "predictions.csv") -> None:
+    """The predictions, and labels.csv; the head of this file has the columns."""
+    script, films = zones["script"], zones["films"]
     predictions = {"FileID": films.ids, "patient": films.groups, "view": films.views}
     labels, failed = dict(predictions), (films.classes < 0).any(1)
     for k, zone in enumerate(script.ZONES):
@@ -330,11 +345,8 @@ def write_zones(folder: Path, results: dict, cases) -> None:
     labels["csi"] = films.true_csi
     if films.diagnosis is not None:
         labels["diagnosis"] = pd.Series(films.diagnosis).astype("Int64")
-    write_csv(folder / "predictions.csv", pd.DataFrame(predictions))
+    write_csv(folder / file, pd.DataFrame(predictions))
     write_csv(folder / "labels.csv", pd.DataFrame(labels))
-    about = f"{results['n']} films of {report.people(results)}, {results['pooled']['n']} graded zones"
-    body = page_body(results, films, script, largest_errors(cases.zones))
-    report.write_page(folder / "report.html", results, about, body, STYLE)
 
 
 def largest_errors(zones: dict) -> list[dict]:
@@ -346,6 +358,8 @@ def largest_errors(zones: dict) -> list[dict]:
     for i in sorted(np.flatnonzero(~np.isnan(means)).tolist(), key=lambda i: (-means[i], films.ids[i]))[:SHOWN]:
         one = {"row": i, "zone": int(np.nanargmax(gaps[i])), "film": None, "map": None}
         found.append(one)
+        if not zones["pictures"]:
+            continue
         try:
             film = zones["dataset"].picture(i)
             maps = zones["script"].zone_maps(zones["model"], zones["dataset"], i, zones["device"])
@@ -353,17 +367,6 @@ def largest_errors(zones: dict) -> list[dict]:
             continue
         one |= {"film": picture_uri(film), "map": None if maps is None else picture_uri(film, maps[one["zone"]])}
     return found
-
-
-def picture_uri(film: np.ndarray, heat: np.ndarray | None = None) -> str:
-    """A small JPEG of a film (S, S) uint8, with a map (S, S) in [0, 1] over it, as a data URI."""
-    picture = np.repeat(film[..., None] / 255, 3, axis=2)
-    if heat is not None:
-        weight = 0.65 * np.clip(heat, 0, 1)[..., None]
-        picture = (1 - weight) * picture + weight * matplotlib.colormaps["inferno"](heat)[..., :3]
-    image, file = Image.fromarray(np.round(255 * picture).astype(np.uint8)), io.BytesIO()
-    image.resize((PICTURE, PICTURE), Image.Resampling.BILINEAR).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 # ==== Figures ==================================================================================================
@@ -432,7 +435,7 @@ READING = {
     "Gradable AUROC": "the chance that a graded zone has a lower probability of being unknown than an unknown one.",
     "ICC(2,1), limits": "the share of the variance that is between films, rather than between reader and model, or "
     "noise. 95 % of the differences are expected within the limits of agreement.",
-} | {term: report.READING[term] for term in ("Interval", "Undefined")}
+} | {term: READING[term] for term in ("Interval", "Undefined")}
 
 
 def table(head: str, rows: str, total: str = "") -> str:
@@ -467,7 +470,7 @@ def page_body(results: dict, films: Films, script, errors: list[dict]) -> str:
         parts.append(section("Views", text, table("View|Films|Graded zones|QWK|MAE", rows)))
     reading = "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in READING.items())
     reading = f"<section><h2>How to read this</h2><dl>{reading}</dl></section>"
-    return "".join([*parts, films_section(films, script, errors), reading])
+    return "".join([*parts, subgroup_section(results), films_section(films, script, errors), reading])
 
 
 def tiles(results: dict) -> str:
@@ -480,7 +483,7 @@ def tiles(results: dict) -> str:
     others = {name: row for name, row in beside(results).items() if not name.startswith("Model")}
     for row, metric, key, title in kinds:
         small = [f"{name.lower()} {number(other[key])}" for name, other in others.items() if key in other]
-        found += report.tile(title, row, metric, results, small)
+        found += page.tile(title, row, metric, results, small)
     return f'<div class="tiles">{found}</div>'
 
 
@@ -497,7 +500,7 @@ def zones_section(results: dict) -> str:
     head = "Zone|Graded|Unknown|Declined|QWK|MAE|MAE, class|Exact|≥ 2 apart|F1 macro|F1 weighted|Gradable AUROC"
     text = "Graded, unknown: by the reader; declined: graded, but not gradable to the model. Sides are the patient's."
     if how:
-        text += f" Small print: {100 * LEVEL:.0f} % intervals, percentile bootstrap over {report.people(results)}, "
+        text += f" Small print: {100 * LEVEL:.0f} % intervals, percentile bootstrap over {page.people(results)}, "
         text += f"{how['n_resamples']} resamples."
     by_class = "<h3>By score, all zones</h3>" + table("Score|Graded|Precision|Recall|F1", by_class)
     return section("Numbers by zone", text, table(head, rows, total), by_class)
@@ -539,7 +542,7 @@ def calibration_section(results: dict, films: Films) -> str:
         row, (p, y) = results["calibration"][f">= {k}"], at_least(films, k)
         said = f"{row['positives']} of {row['n']} zones, ECE {number(row['ece'])}"
         if row["n"]:
-            grid += panel(f"Reliability, ≥ {k}", f"Score ≥ {k}", said, report.draw_reliability, y, p, None, None)
+            grid += panel(f"Reliability, ≥ {k}", f"Score ≥ {k}", said, draw_reliability, y, p, None, None)
     text = (
         "Of the graded zones that the model gives 30 % for a score of at least 1, 2, or 3, about 30 % should have it: "
         "the dashed line; below it the model claims too much. 15 bins; bars: 95 % Wilson interval (over zones, not "
@@ -570,7 +573,7 @@ def diagnosis_section(row: dict, films: Films) -> str:
     if row["auroc"] is not None:
         use, between = ~np.isnan(films.diagnosis) & ~np.isnan(films.csi), interval(row, "auroc")
         ill, csi = films.diagnosis[use] == 1, films.csi[use]
-        draw = lambda axes: [report.draw_roc(axes, ill, csi, csi > cut, None) for cut in CUTS]  # noqa: E731
+        draw = lambda axes: [draw_roc(axes, ill, csi, csi > cut, None) for cut in CUTS]  # noqa: E731
         said = f"AUROC {number(row['auroc'])}" + f" [{between}]" * bool(between)
         grid = panel(f"ROC curve: {said}", "Diagnosis", said, draw)
     text = (
@@ -601,7 +604,8 @@ def films_section(films: Films, script, errors: list[dict]) -> str:
         blocks += f'<div>{pictures}<span class="six">{cells}</span></div></div>'
     text = (
         "By the mean error over the graded zones. Reader → expected score of the model, as the zones lie in the film, "
-        "the patient's right on the left. Framed: the worst zone; its map is over the film: bright is what raises the "
-        "expected score most. It shows where the model looked, not why."
+        "the patient's right on the left. Framed: the worst zone; its map is over the film: gradient times activation "
+        "at the last places of the network (HiResCAM), bright is what raises the expected score most. It shows what "
+        "moved the score, not where the disease is, and is as coarse as those places."
     )
     return section("Largest errors", text, f'<div class="films">{blocks}</div>') if errors else ""

@@ -9,6 +9,7 @@ import torch
 from conftest import LABELS, ROOT, run
 from sklearn.metrics import f1_score, roc_auc_score
 
+import cases
 import common
 import evaluate
 import report
@@ -145,10 +146,11 @@ def world(tmp_path_factory):
 def score(world, tmp_path, monkeypatch):
     """score(checkpoint, words) -> results.json of an evaluation in this process; the page is drawn with page=True."""
     monkeypatch.syspath_prepend(str(world))
-    monkeypatch.setitem(evaluate.TASKS, "ctclip", "fake_ctclip")
+    monkeypatch.setitem(cases.TASKS, "ctclip", "fake_ctclip")
 
     def call(name, *words, code=0, page=False):
         monkeypatch.setattr(evaluate, "write_report", report.write_report if page else lambda *args: None)
+        monkeypatch.setattr(evaluate, "draw", lambda *args: None)  # there is no network
         words = ["--checkpoint", world / name, "--output", tmp_path, "--device", "cpu", "--n-bootstrap", 50, *words]
         assert common.run_main(lambda: evaluate.main([str(w) for w in words])) == code
         return json.loads((tmp_path / "results.json").read_text()) if code in (0, 3) else None
@@ -216,11 +218,11 @@ def test_threshold_part(score, world, tmp_path):
 
 def test_parts_depend_on_names_alone():
     names = [f"p{i}" for i in range(2000)]
-    part = evaluate.in_part(names, 0.3, 0)
+    part = cases.in_part(names, 0.3, 0)
     assert abs(part.mean() - 0.3) < 0.04
-    assert (evaluate.in_part(names[::-1], 0.3, 0)[::-1] == part).all()
-    assert (evaluate.in_part(names[:7], 0.3, 0) == part[:7]).all() and (part <= evaluate.in_part(names, 0.5, 0)).all()
-    assert not evaluate.in_part(names, 0, 0).any()
+    assert (cases.in_part(names[::-1], 0.3, 0)[::-1] == part).all()
+    assert (cases.in_part(names[:7], 0.3, 0) == part[:7]).all() and (part <= cases.in_part(names, 0.5, 0)).all()
+    assert not cases.in_part(names, 0, 0).any()
 
 
 def test_threshold_part_of_two_files(tmp_path):
@@ -229,7 +231,7 @@ def test_threshold_part_of_two_files(tmp_path):
     y.to_csv(tmp_path / "y.csv", index=False)
     p = pd.DataFrame({"id": y["id"], "one_prob": y["one"] * 0.2 + 0.1, "rare_prob": 0.2})
     p.to_csv(tmp_path / "p.csv", index=False)
-    seed = next(s for s in range(99) if not evaluate.in_part(["a0"], 0.5, s)[0])
+    seed = next(s for s in range(99) if not cases.in_part(["a0"], 0.5, s)[0])
     words = ["--predictions", tmp_path / "p.csv", "--labels", tmp_path / "y.csv", "--threshold-part", 0.5,
              "--seed", seed, "--output", tmp_path, "--no-bootstrap"]  # fmt: skip
     assert evaluate.main([str(w) for w in words]) == 0
@@ -438,11 +440,11 @@ def test_linear_probe_is_that_of_scikit_learn(score, world, tmp_path):
     train, valid = features("train"), features("valid")
     score("model.pt", "--linear-probe", "--no-bootstrap")
     probs = pd.read_csv(tmp_path / "predictions.csv")
-    held = evaluate.in_part(train["patient_ids"], evaluate.PROBE_HELD_OUT, 0)
+    held = cases.in_part(train["patient_ids"], cases.PROBE_HELD_OUT, 0)
     scaler = StandardScaler().fit(train["image_features"].astype(float))
     for k, name in enumerate(NAMES):
         y, found = train["targets"][:, k], []
-        for c in evaluate.PROBE_C:
+        for c in cases.PROBE_C:
             model = make_pipeline(LogisticRegression(C=c, max_iter=2000))
             known = ~held & ~np.isnan(y)
             model.fit(scaler.transform(train["image_features"][known].astype(float)), y[known])
@@ -472,13 +474,14 @@ def test_linear_probe_of_odd_training_data(score, world, tmp_path):
 # ---- all of it ----
 
 
-@pytest.mark.slow  # test_evaluate.py has the same for another script
+@pytest.mark.slow  # test_evaluate_scale.py has the same for other scripts
 def test_ranks_agree(world, tmp_path):
     """To the last digit for 1 and 2 ranks, with all flags."""
     runner = tmp_path / "runner.py"
     runner.write_text(
         f"import sys\nsys.path[:0] = [{str(world)!r}, {str(ROOT)!r}]\n"
-        "import common, evaluate\nevaluate.TASKS['ctclip'] = 'fake_ctclip'\nsys.exit(common.run_main(evaluate.main))\n"
+        "import cases, common, evaluate\ncases.TASKS['ctclip'] = 'fake_ctclip'\n"
+        "sys.exit(common.run_main(evaluate.main))\n"
     )
     outputs = []
     for n in (1, 2):
@@ -584,6 +587,7 @@ def untrained(tiny_reports, tmp_path_factory):
 def test_train_ctclip(untrained, tiny_reports, tmp_path, monkeypatch, capsys):
     """The commands of issue 4 and of document 000 on a real checkpoint."""
     monkeypatch.setattr(evaluate, "write_report", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw", lambda *args: None)
 
     def call(*words, code=0):
         words = ["--checkpoint", untrained, "--device", "cpu", "--n-bootstrap", 20, "--output", tmp_path, *words]

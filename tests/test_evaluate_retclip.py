@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
+import cases
 import common
 import evaluate
 import report
@@ -206,10 +207,11 @@ def world(tmp_path_factory):
 def score(world, tmp_path, monkeypatch):
     """score(words) -> evaluation_results.json of model.pt on lmdb/test; the page is drawn with page=True."""
     monkeypatch.syspath_prepend(str(world))
-    monkeypatch.setitem(evaluate.TASKS, "retclip", "fake_retclip")
+    monkeypatch.setitem(cases.TASKS, "retclip", "fake_retclip")
 
     def call(*words, code=0, page=False, data="lmdb/test", out=tmp_path):
         monkeypatch.setattr(evaluate, "write_report", report.write_report if page else lambda *args: None)
+        monkeypatch.setattr(evaluate, "draw", lambda *args: None)  # there is no network
         command = ["--test-only", world / "model.pt", "--output", out, "--device", "cpu", "--n-bootstrap", 50]
         command += ["--val-data", world / data] if data else []
         assert common.run_main(lambda: evaluate.main([str(w) for w in [*command, *words]])) == code
@@ -466,7 +468,8 @@ def test_files_and_numbers(score, world, tmp_path, capsys):
     assert texts["image_ids"][5] == ["test_005", "test_002", "test_009"] and texts["image_ids"][45] == []
     score("--output", tmp_path / "x" / "numbers.json", "--no-bootstrap")
     assert (tmp_path / "x" / "numbers.json").exists() and (tmp_path / "x" / "test_imgs_features.pt").exists()
-    assert "_low" not in (tmp_path / "x" / "numbers.json").read_text().split("provenance")[0]
+    text = (tmp_path / "x" / "numbers.json").read_text().split("provenance")[0]
+    assert "_low" not in text.replace("auroc_delong_low", "")
 
 
 def test_page(score, tmp_path):
@@ -734,7 +737,7 @@ def test_train_retclip(untrained, tmp_path, capsys):
     assert results["n"] == 9 and results["per_label"][KINDS[1]]["n"] == 9 and results["notes"] == []
     assert results["retrieval"]["image_to_text"]["right"]["n_gallery"] == 2
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 2 * (2 * 5 + 6)
+    assert page[: page.index("The most confident errors")].count("data:image/jpeg") == 2 * (2 * 5 + 6)
     texts = torch.load(tmp_path / "test_texts_features.pt", weights_only=True)
     assert texts["ids"] == [str(i) for i in range(9)] and texts["features"]["left"].shape == (9, 256)
     (tmp_path / "t.txt").write_text("{}.\neyes: {}\n")

@@ -61,7 +61,7 @@ def test_a_run_writes_what_the_document_lists(tiny_ct, tmp_path):
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - Epoch 1 - train_loss", text, re.M)
     assert len(list(folder.glob("checkpoint_epoch_*.pth"))) == 3 and list((folder / "tensorboard").iterdir())
     best = common.load_checkpoint(folder / "best_model.pth")
-    assert best["class_names"] == LABELS and len(best["thresholds"]) == 3
+    assert best["class_names"] == LABELS and len(best["thresholds"]) == len(best["temperatures"]) == 3
     assert best["metrics"]["macro_f1"] == max(r["macro_f1"] for r in records)
     assert not any(k.startswith(("module.", "_orig_mod.")) for k in best["model"])
     exported = common.load_weights(str(tmp_path / "tower.safetensors"))

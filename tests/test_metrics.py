@@ -74,8 +74,11 @@ def check_labels(ours, expected_rows, names):
 @needs_golden
 def test_golden_per_label():
     y, s = golden_inputs()
-    names = {"n", "pos", "auroc", "auprc", "precision", "recall", "f1", "specificity", "accuracy"}
-    assert check_labels(multilabel_metrics(y, s, NAMES), golden_outputs()["per_label"], names) == 9 * 9
+    names = {"n", "pos", "auroc", "auprc", "precision", "recall", "f1", "specificity", "npv", "accuracy"}
+    names |= {"balanced_accuracy", "mcc", "kappa", "brier", "logloss"}
+    rows = golden_outputs()["per_label"]
+    assert all(set(row) == names | {"name", "tp", "fp", "fn", "tn"} for row in rows)  # the counts: test_clinical.py
+    assert check_labels(multilabel_metrics(y, s, NAMES), rows, names) == 9 * 15
     low = multilabel_metrics(y, s, NAMES, thresholds=0.3)
     assert check_labels(low, golden_outputs()["per_label_thr_0_3"], {"precision", "recall", "f1"}) == 9 * 3
     for k, row in enumerate(golden_outputs()["per_label"]):
@@ -105,16 +108,13 @@ def test_golden_aggregate(masked):
         expected = expected["aggregate"]
     else:
         ours = multilabel_metrics(y, s, NAMES)
-    compared = set()
     for key, value in expected.items():
-        name = key.replace("_over_defined", "").replace("macro_brier", "brier")
-        if name in ours:
+        metric = key.removeprefix("n_defined_")
+        if metric in ("precision", "recall", "f1", "specificity", "brier"):
+            check(sum(not np.isnan(ours[f"{name}_{metric}"]) for name in NAMES), value)
+        else:
+            name = key.replace("_over_defined", "").replace("macro_brier", "brier").removeprefix("support_")
             check(ours[name], value)
-            compared.add(name)
-    assert compared >= {"macro_auroc", "n_defined_auroc", "macro_f1", "micro_auroc", "micro_f1"}
-    others = {"macro_auprc", "n_defined_auprc", "macro_precision", "macro_recall", "macro_specificity"}
-    others |= {"brier", "micro_auprc", "micro_precision", "micro_recall", "exact_match"}
-    assert masked or compared >= others
 
 
 @needs_golden
@@ -137,6 +137,7 @@ def test_golden_bootstrap():
             check(ours[f"{name}_{metric}"], [expected[f"{metric}_q"]["lo"][k], expected[f"{metric}_q"]["hi"][k]])
     check(ours["macro_auroc"], [expected["macro_auroc"]["lo"], expected["macro_auroc"]["hi"]])
     arrays = common._metric_arrays(y, s, NAMES, 0.5, rows)
+    check([common.mean_defined(arrays[f"{name}_auroc"]) for name in NAMES], expected["auroc_q"]["mean"])
     check(arrays["macro_auroc"][:5], expected["first5_macro"])
     check(arrays["macro_auroc"].mean(), expected["macro_auroc"]["mean"])
     check(arrays["macro_auroc"].std(ddof=1), expected["macro_auroc"]["std_ddof1"])
@@ -147,6 +148,9 @@ def test_golden_bootstrap():
     for k, name in enumerate(NAMES):
         check(ours[f"{name}_auroc"], [expected["auroc_q"]["lo"][k], expected["auroc_q"]["hi"][k]])
     check(ours["macro_auroc"], [expected["macro"]["lo"], expected["macro"]["hi"]])
+    arrays = common._metric_arrays(y, s, NAMES, 0.5, patients)
+    assert [int(np.isnan(arrays[f"{name}_auroc"]).sum()) for name in NAMES] == expected["undefined"]
+    assert len(np.unique(golden_array("metrics.patient", (500,), 0, 140))) == expected["G"]
 
 
 @needs_golden
@@ -158,6 +162,7 @@ def test_golden_calibration():
     ours = multilabel_metrics(y, s, NAMES)
     check(ours["ece"], np.mean(expected["ece"]))
     assert expected["ece"][7] != expected["ece_left_closed"][7]  # scores on an edge tell the two rules apart
+    check([ece(y[:, k], s[:, k], closed="left") for k in range(9)], expected["ece_left_closed"])
 
 
 @needs_golden
@@ -247,7 +252,17 @@ def test_every_metric_equals_sklearn():
         "micro_auprc": sk.average_precision_score(y, p, average="micro"),
         "macro_accuracy": np.mean([sk.accuracy_score(y[:, k], z[:, k]) for k in range(5)]),
         "macro_specificity": np.mean([sk.recall_score(y[:, k], z[:, k], pos_label=0) for k in range(5)]),
+        "macro_npv": np.mean([sk.precision_score(1 - y[:, k], 1 - z[:, k]) for k in range(5)]),
+        "macro_balanced_accuracy": np.mean([sk.balanced_accuracy_score(y[:, k], z[:, k]) for k in range(5)]),
+        "macro_mcc": np.mean([sk.matthews_corrcoef(y[:, k], z[:, k]) for k in range(5)]),
+        "macro_kappa": np.mean([sk.cohen_kappa_score(y[:, k], z[:, k]) for k in range(5)]),
+        "micro_specificity": sk.recall_score(1 - y, 1 - z, average="micro"),
+        "micro_npv": sk.precision_score(1 - y, 1 - z, average="micro"),
+        "weighted_auroc": sk.roc_auc_score(y, p, average="weighted"),
+        "weighted_auprc": sk.average_precision_score(y, p, average="weighted"),
         "exact_match": sk.accuracy_score(y, z),
+        "hamming": sk.hamming_loss(y, z),
+        "samples_f1": sk.f1_score(y, z, average="samples", zero_division=0),
         "brier": np.mean([sk.brier_score_loss(y[:, k], p[:, k]) for k in range(5)]),
         "log_loss": np.mean([sk.log_loss(y[:, k], p[:, k]) for k in range(5)]),
         "n_defined_auroc": 5,
@@ -255,7 +270,7 @@ def test_every_metric_equals_sklearn():
         "ece": np.mean([ece(y[:, k], p[:, k]) for k in range(5)]),
         "crg": crg_score(y, z),
     }
-    for average in ("macro", "micro"):
+    for average in ("macro", "micro", "weighted"):
         for name, function in (("f1", sk.f1_score), ("precision", sk.precision_score), ("recall", sk.recall_score)):
             expected[f"{average}_{name}"] = function(y, z, average=average, zero_division=0)
     for k, name in enumerate(names):
@@ -267,6 +282,10 @@ def test_every_metric_equals_sklearn():
             f"{name}_precision": sk.precision_score(a, c, zero_division=0),
             f"{name}_recall": sk.recall_score(a, c, zero_division=0),
             f"{name}_specificity": sk.recall_score(a, c, pos_label=0),
+            f"{name}_npv": sk.precision_score(1 - a, 1 - c),
+            f"{name}_balanced_accuracy": sk.balanced_accuracy_score(a, c),
+            f"{name}_mcc": sk.matthews_corrcoef(a, c),
+            f"{name}_kappa": sk.cohen_kappa_score(a, c),
             f"{name}_accuracy": sk.accuracy_score(a, c),
             f"{name}_brier": sk.brier_score_loss(a, b),
             f"{name}_log_loss": sk.log_loss(a, b),
@@ -310,8 +329,14 @@ def test_unknown_equals_dropping():
         for key in (key for key in alone if key.startswith(f"{name}_")):
             assert ours[key] == pytest.approx(alone[key], abs=1e-12), key
     pooled = multilabel_metrics(y[known][:, None], p[known][:, None], ["all"])
-    for key in ("micro_auroc", "micro_auprc", "micro_f1", "micro_precision", "micro_recall", "crg"):
+    for key in ("micro_auroc", "micro_auprc", "micro_f1", "micro_precision", "micro_recall", "crg", "hamming"):
         assert ours[key] == pytest.approx(pooled[key], abs=1e-12), key
+    support = [ours[f"{name}_positives"] for name in "abcde"]
+    for metric in ("auroc", "auprc", "f1", "precision", "recall"):
+        values = [ours[f"{name}_{metric}"] for name in "abcde"]
+        assert ours[f"weighted_{metric}"] == pytest.approx(np.average(values, weights=support)), metric
+    rows = [sk.f1_score(y[i][known[i]], p[i][known[i]] >= 0.5, zero_division=0) for i in np.flatnonzero(known.any(1))]
+    assert ours["samples_f1"] == pytest.approx(np.mean(rows))
     right = [((p[i] >= 0.5) == y[i])[known[i]].all() for i in np.flatnonzero(known.any(1))]
     assert ours["exact_match"] == pytest.approx(np.mean(right))
     for function in (ece, common.brier_score, common.log_loss):
@@ -469,3 +494,56 @@ def test_folded_thresholds_keep_decisions_and_rankings():
         folded = common.fold_thresholds(p, [t])
         assert ((folded >= 0.5) == (p >= t)).all() and (np.diff(folded[:, 0]) >= 0).all()
         assert folded[0] == 0 and folded[-1] == 1
+
+
+# ---- every value of the golden file ----
+
+COVERED = {  # path in "outputs": the test that compares it
+    "checksum": "test_metrics.py::golden_inputs",
+    "per_label": "test_metrics.py::test_golden_per_label",  # its counts: test_clinical.py::test_golden_scores
+    "aggregate": "test_metrics.py::test_golden_aggregate",
+    "per_label_thr_0_3": "test_clinical.py::test_golden_scores",
+    "masked": "test_metrics.py::test_golden_aggregate",
+    "sample_weight": "test_metrics.py::test_golden_sample_weight",
+    "bootstrap": "test_metrics.py::test_golden_bootstrap",
+    "bootstrap_patient": "test_metrics.py::test_golden_bootstrap",
+    "calibration/bins": "test_clinical.py::test_golden_calibration",
+    "calibration/binning": "test_metrics.py::test_calibration_bins_close_on_the_right",
+    "calibration/left_closed_binning": "test_metrics.py::test_golden_calibration",
+    "calibration/ece": "test_metrics.py::test_golden_calibration",
+    "calibration/ece10": "test_metrics.py::test_golden_calibration",
+    "calibration/ece_left_closed": "test_metrics.py::test_golden_calibration",
+    "calibration/mce": "test_clinical.py::test_golden_calibration",
+    "calibration/adaptive_ece15_label0_1": "test_clinical.py::test_golden_calibration",
+    "calibration/slope_label0": "test_clinical.py::test_golden_calibration",
+    "calibration/intercept_joint_label0": "test_clinical.py::test_golden_calibration",
+    "calibration/calibration_in_the_large_label0": "test_clinical.py::test_golden_calibration",
+    "operating_points": "test_clinical.py::test_golden_operating_points",  # f1max: test_golden_f1_thresholds here
+    "decision_curve_label0": "test_clinical.py::test_golden_decision_curve",
+    "delong": "test_clinical.py::test_golden_delong",
+    "multiclass/full": "test_clinical.py::test_golden_classes",
+    "multiclass/class2_absent_from_truth": "test_clinical.py::test_golden_classes",
+    "multiclass/csi_expected_score_over_0_3": "test_ordinal.py::test_agreement_of_golden_expected_scores",
+    "multiclass/temperature": "test_clinical.py::test_golden_temperature",
+    "retrieval": "test_retrieval.py::test_golden",
+    "proportions": "test_clinical.py::test_golden_proportions",
+    "multiple_tests": "test_clinical.py::test_golden_multiple_tests",
+    "mcnemar_exact": "test_clinical.py::test_golden_multiple_tests",
+}
+
+
+@needs_golden
+def test_no_golden_value_is_forgotten():
+    def leaves(value, path=""):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from leaves(inner, f"{path}/{key}" if path else key)
+        else:
+            yield path
+
+    missing = {path for path in leaves(golden_outputs()) if not any(f"{path}/".startswith(f"{p}/") for p in COVERED)}
+    assert not missing
+    for path, test in COVERED.items():
+        file, name = test.split("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), (path, test)
+        assert any(f"{leaf}/".startswith(f"{path}/") for leaf in leaves(golden_outputs())), path

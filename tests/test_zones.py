@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn import metrics as sk
 
+import cases
 import common
 import evaluate
 import report
@@ -87,7 +88,7 @@ def score(tmp_path, monkeypatch):
         corner[:, :30, :30] = 1
         script.zone_maps = lambda model, dataset, i, device: corner if maps else None
         monkeypatch.setitem(sys.modules, "planted_csi", script)
-        monkeypatch.setitem(evaluate.TASKS, "csi", "planted_csi")
+        monkeypatch.setitem(cases.TASKS, "csi", "planted_csi")
         monkeypatch.setattr(evaluate, "write_zones", zones.write_zones if page else lambda *given: None)
         base = ["--test-only", tmp_path / "m.pth", "--output", tmp_path / "eval", "--device", "cpu"]
         words = words if "--n-bootstrap" in words else [*words, "--n-bootstrap", 20]
