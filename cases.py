@@ -214,7 +214,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
             own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
         chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
-        if paired and "state" in saved:  # one that a run goes on from, whatever its score
+        if "state" in saved:  # one that a run goes on from, whatever its score
             notes.append("These are the validation cases of the training; they did not choose this checkpoint")
         else:
             notes.append(

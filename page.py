@@ -197,7 +197,7 @@ figcaption { font-size: 14px; line-height: 1.35; padding-left: 6px; } figcaption
 .caution { border-left: 5px solid #D55E00; padding-left: 12px; } code { white-space: nowrap; font-size: 0.9em; }
 .confusion td, .confusion th { padding: 4px 8px; overflow-wrap: normal; } .confusion small { color: #333; }
 .confusion th:first-child, .confusion td:first-child { min-width: 0; padding-left: 2px; }
-.grid.cells { grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); }
+.grid.cells { grid-template-columns: repeat(auto-fill, minmax(262px, 1fr)); }
 figure .confusion { width: auto; white-space: nowrap; } figure .confusion td { vertical-align: middle; }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .facts td:first-child { width: 210px; color: #555; }

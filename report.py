@@ -21,7 +21,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 import pictures
 from clinical import TARGETS, net_benefit, wilson_interval
-from common import UserError, calibration_bins, group_of, label_array, need_columns, read_table, run_main
+from common import UserError, calibration_bins, group_of, label_array, need_columns, need_file, read_table, run_main
 from page import BLUE, GREY, ORANGE, esc, interval, number, panel, people, tile, unit_axes, why_undefined, write_page
 from subgroups import subgroup_section
 
@@ -643,7 +643,8 @@ def headline(results: dict) -> str:
 def write_report(path: Path, results: dict, targets: np.ndarray, probs: np.ndarray, gallery=None, drawn=None) -> None:
     """Write the page. `results`: as evaluate.py documents it; targets, probs: (n, K), NaN = unknown, failed to load;
     gallery: of `retrieval.gallery`, drawn: of `pictures.draw`; None where the images are not at hand."""
-    about = f"{results['n']} cases of {people(results)}, {len(results['per_label'])} labels"
+    n_labels = len(results["per_label"])
+    about = f"{results['n']} cases of {people(results)}, {n_labels} label{'s' * (n_labels != 1)}"
     tables = table_section(results) if results["per_label"] else ""
     reading = f"<section><h2>How to read this</h2>{definitions(READING)}</section>" if tables else ""
     figures = ""
@@ -669,6 +670,7 @@ def main(argv=None) -> int:
     parser.add_argument("--labels", type=Path, help="labels.csv of the same evaluation")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     args = parser.parse_args(argv)
+    need_file(args.results)
     try:
         results = json.loads(args.results.read_text(encoding="utf-8"))
         if "comparison" in results:
@@ -678,14 +680,18 @@ def main(argv=None) -> int:
         names, failed = list(results["per_label"]), [f["id"] for f in results["failed"]]
     except OSError as e:
         raise UserError(f"{args.results}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{args.results}: not a results file of evaluate.py with labels ({e})") from e
     targets = probs = np.empty((0, 0))
     if names and not (args.predictions and args.labels):
         raise UserError(f"{args.results}: has labels (give --predictions and --labels)")
     if names:
         _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names, failed)
-    write_report(args.out, results, targets, probs)
+    try:
+        write_report(args.out, results, targets, probs)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:  # all that varies here is what the file holds
+        reason = f"{type(e).__name__}: {e}"
+        raise UserError(f"{args.results}: not a whole results file of this version ({reason}; evaluate again)") from e
     print(f"Report: {args.out}")
     return 0
 
