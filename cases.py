@@ -15,6 +15,7 @@ import common
 from common import UserError, choose_thresholds, f1_thresholds, load_checkpoint, write_csv
 from report import read_scores
 from retrieval import eyes_of
+from subgroups import read_columns
 from zones import zones_of
 
 # task in the checkpoint -> the script that trained it
@@ -52,6 +53,7 @@ class Cases:
     texts: list[str] | None = None  # reports, '' = none
     training: dict | None = None  # what `predict` gives of the training data, for --linear-probe
     temperatures: np.ndarray | None = None  # (K,), NaN: none; of validation cases
+    seen: bool = False  # cases that the training of the model, or its choice, has seen
     oracle: bool = False  # the thresholds were fitted to these cases
     most_probable: bool = False  # the most probable label counts as present, whatever the thresholds
     pairs: dict | None = None  # what `predict` of train_retclip.py gives, and `pictures` of the data set
@@ -69,11 +71,12 @@ class Cases:
         return {k: v[rows] if isinstance(v, np.ndarray) else list(compress(v, rows)) for k, v in found.items()}
 
 
-def cases_of_files(args, unread=()) -> Cases:
-    """Cases of --predictions and --labels; ids in `unread` may have no probability."""
+def cases_of_files(args) -> Cases:
+    """Cases of --predictions and --labels; one without any probability failed to load."""
     others = args.subgroup if args.subgroup and not args.subgroup_table else ()  # columns that are no labels
-    found = read_scores(args.predictions, args.labels[0], args.label_columns, unread, others)
+    found = read_scores(args.predictions, args.labels[0], args.label_columns, others)
     ids, groups, targets, probs, class_names = found
+    unread = compress(ids, np.isnan(probs).all(1)) if class_names else ()
     thresholds, source = choose_thresholds(args.threshold, {})
     return Cases(
         ids=ids,
@@ -156,6 +159,8 @@ def cases_of_checkpoint(args, ctx) -> Cases:
     with common.of_checkpoint(args.test_only):
         task_args = args_for(saved, script, given)
     dataset = script.build_eval_dataset(task_args)
+    if args.subgroup and not args.subgroup_table:  # a mistake is found before the inference
+        read_columns(script.data_file(task_args), args.subgroup)
     names = list(dataset.class_names)
     with common.of_checkpoint(args.test_only):
         model, training = script.build_eval_model(saved, task_args, ctx.device), None
@@ -207,13 +212,17 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         except (UserError, TypeError, AttributeError):  # the training data are not on this machine, or there were none
             return False
 
-    temperatures = None if changed else saved.get("temperatures")
+    temperatures, own_cases = None if changed else saved["temperatures"], {*(saved["validated_on"] or [])}
+    n_own = sum(case in own_cases for case in common.case_hashes(out["ids"], out["targets"])) if own_cases else 0
     same_data, trained = is_that_of(task_args.split), is_that_of("train") if paired else False
-    if not trained and same_data and task_args.split == saved["args"]["split"]:
-        own, temperatures = not (given_thresholds or args.linear_probe or changed or zones), None
-        if own and saved["task"] in WITH_FEATURES and saved["thresholds"]:
-            own, thresholds, source = False, 0.5, "0.5 (the checkpoint's were fitted on these cases; --threshold-part)"
-        chosen = "its best epoch" if paired else "the model and its thresholds" if own else "the model"
+    validation = not trained and same_data and task_args.split == saved["args"]["split"]
+    seen = validation or 2 * n_own > len(out["ids"])  # a copy of the table elsewhere
+    if seen:
+        temperatures = None
+        if args.threshold is None and not changed and saved["thresholds"]:
+            thresholds, source = 0.5, "0.5 (the checkpoint's were fitted to these cases; --validation or "
+            source += "--threshold-part fits to others)"
+        chosen = "its best epoch" if paired else "the model"
         if "state" in saved:  # one that a run goes on from, whatever its score
             notes.append("These are the validation cases of the training; they did not choose this checkpoint")
         else:
@@ -223,6 +232,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
                 "seen)"
             )
     elif trained or (same_data and task_args.split in ("train", "all")):
+        seen = True
         some = "some of " if task_args.split == "all" else ""
         notes.append(f"The model was trained on {some}these cases: the numbers say nothing about new patients")
     alone = np.flatnonzero(np.isnan(out["image_features"]).any(1)) if paired else []
@@ -256,6 +266,7 @@ def cases_of_checkpoint(args, ctx) -> Cases:
         files=files,
         incomplete=bool(unread or (training and training["failed"])),
         training=training,
+        seen=seen,
         most_probable=most_probable,
         temperatures=None if temperatures is None else np.array(temperatures),
         pairs=pairs,
@@ -303,19 +314,25 @@ def with_fitted_thresholds(cases: Cases, share: float, seed: int) -> tuple[Cases
 
 
 def fitted_to(targets, probs) -> dict[str, np.ndarray]:
-    return {name: np.array(values) for name, values in common.fit_to_validation(targets, probs).items()}
+    return {"thresholds": f1_thresholds(targets, probs), "temperatures": common.fit_temperatures(targets, probs)}
 
 
 def with_validation(cases: Cases, predictions: Path, labels: Path) -> Cases:
     """The cases with thresholds and temperatures fitted to those of two files of other patients."""
-    ids, groups, targets, probs, _ = read_scores(predictions, labels, cases.class_names)
-    shared = sorted(set(groups) & set(cases.groups))
-    if shared:
-        raise UserError(
-            f"--validation {predictions}: patient {shared[0]} is scored too ({len(shared)} are), and thresholds fitted "
-            "to scored cases flatter them (give other patients, or --oracle-thresholds for that upper bound)"
-        )
-    source = f"per label, best F1 on {len(ids)} cases of {len(set(groups))} patients in {predictions.name}"
+    try:
+        ids, groups, targets, probs, _ = read_scores(predictions, labels, cases.class_names)
+    except UserError as e:
+        raise UserError(f"--validation: {e}") from e
+    for kind, some, scored in (("patient", groups, cases.groups), ("case", ids, cases.ids)):
+        shared = sorted(set(some) & set(scored))
+        if shared:
+            raise UserError(
+                f"--validation {predictions}: {kind} {shared[0]} is scored too ({len(shared)} are), and thresholds "
+                "fitted to scored cases flatter them (give other patients, or --oracle-thresholds for that upper bound)"
+            )
+    read = ~np.isnan(probs).any(1)
+    targets, probs = targets[read], probs[read]
+    source = f"per label, best F1 on {read.sum()} cases of {len(set(groups))} patients in {predictions.name}"
     files = cases.files | {"validation": file_facts(predictions), "validation_labels": file_facts(labels)}
     return dataclasses.replace(cases, **fitted_to(targets, probs), thresholds_source=source, files=files)
 

@@ -5,14 +5,15 @@ cases that are hard for both do not widen it, as they widen the intervals of A a
     evaluated, evaluated_on, n, n_patients, interval, failed, notes, provenance     as of one model; failed: in either
     models                  {"A", "B": {file, and all numbers of `score`, or `score_zones`}}
     comparison
-      sentences             [{about, verdict: "supported", "not shown", "the same", "undefined", "too few cases" or
-                            "no interval", text}]
+      sentences             [{about, verdict: "supported", "not shown", "the same", "undefined", "too few cases",
+                            "no interval", "no test", or "thresholds": a difference that may be theirs; text}]
+      few                   labels with positive, or negative, cases of fewer than 10 patients; or zones hardly graded
       macro, micro          {<metric>: {a, b, difference, low, high}}
       per_label             {label: {<metric>: the same; auroc also has delong_z, delong_p (paired test: clinical.py;
-                            z > 0: B is higher) and holm_p, adjusted for all labels; mcnemar: {b, c, p, holm_p}: cases
-                            that only A, and only B, decides right at its thresholds, and the exact test, which takes
-                            cases as independent}}
-                            of train_csi.py instead (n. g. of one model: in no mean CSI):
+                            z > 0: B is higher; null: no variance) and holm_p, adjusted for all labels; mcnemar: {b, c,
+                            p, holm_p}: cases that only A, and only B, decides right at its thresholds, and the exact
+                            test, which takes cases as independent}}
+                            of train_csi.py instead (a film that one model calls not gradable is in no mean CSI):
       zone_means, csi       {qwk, mae, exact, off_2}, {mae, icc} of the mean CSI: each {a, b, difference, low, high}
       zones                 {zone: {qwk, mae, exact, off_2, mcnemar: of the zone's score being that of the reader}}
 """
@@ -31,13 +32,24 @@ import page
 from cases import Cases, cases_of_checkpoint, cases_of_files, write_tables
 from clinical import delong, holm, mcnemar
 from common import UserError, need_columns, with_interval
-from page import FEW_POSITIVES, esc, forest, mark, number, panel, people, unit_axes, warnings_of, write_page
+from page import (
+    FEW_PATIENTS,
+    FEW_POSITIVES,
+    esc,
+    forest,
+    mark,
+    number,
+    panel,
+    people,
+    unit_axes,
+    warnings_of,
+    write_page,
+)
 from report import read_plain
 from retrieval import LEVEL
 from zones import UNKNOWN, score_columns, section, table, tally, write_films
 
 ALPHA = 0.05  # of the tests, after Holm's correction
-FEW_PATIENTS = 20  # of fewer the percentiles of a bootstrap are too close together
 METRICS = {  # title, whether higher is better
     "auroc": ("AUROC", True), "auprc": ("AUPRC", True), "f1": ("F1", True), "precision": ("Precision", True),
     "recall": ("Recall", True), "specificity": ("Specificity", True), "accuracy": ("Accuracy", True),
@@ -51,23 +63,11 @@ QUESTIONS = (  # part of the comparison, metric, what it is about, its name in a
     ("macro", "auroc", "macro AUROC", "Macro AUROC", "ranks better on average over the labels"),
     ("macro", "f1", "macro F1", "Macro F1", "decides better at its thresholds, on average over the labels"),
     ("macro", "brier", "Brier score", "The mean Brier score", "gives probabilities closer to the truth, on average"),
-    (
-        "zone_means",
-        "qwk",
-        "QWK of zones",
-        "Quadratic weighted kappa (mean of the zones)",
-        "agrees better with the reader",
-    ),
+    ("zone_means", "qwk", "QWK of zones", "The zones' mean quadratic weighted kappa", "agrees better with the reader"),
     ("zone_means", "mae", "MAE of zones", "The mean absolute error (mean of the zones)", "is closer to the reader"),
-    (
-        "csi",
-        "mae",
-        "MAE of the mean CSI",
-        "The mean absolute error of the mean CSI",
-        "is closer to the reader's mean CSI",
-    ),
+    ("csi", "mae", "MAE of the mean CSI", "The mean absolute error of the mean CSI", "is closer to the reader's"),
     ("csi", "icc", "ICC of the mean CSI", "ICC(2,1) of the mean CSI", "agrees better with the reader's mean CSI"),
-)
+)  # fmt: skip
 
 
 # ==== Cases ====================================================================================================
@@ -80,15 +80,17 @@ def is_table(path: Path) -> bool:
 def cases_of_both(args, ctx) -> tuple[Cases, Cases]:
     """The matched cases of the checkpoints or tables of --compare; every rank returns the same."""
     found, tables = [], [path for path in args.compare if is_table(path)]
+    args = argparse.Namespace(**vars(args) | {"pictures": False})  # which would keep both models in memory
     for path in args.compare:
         if is_table(path):
-            names, unread, notes = in_table(path, args.labels[0])
+            names, notes = in_table(path, args.labels[0])
             own = {"predictions": path, "label_columns": names}
-            some = cases_of_files(argparse.Namespace(**vars(args) | own), unread)
+            some = cases_of_files(argparse.Namespace(**vars(args) | own))
             found.append(dataclasses.replace(some, notes=notes))
         else:  # labels of tables are not its own
             own = {"test_only": path, "labels": None if tables else args.labels}
-            found.append(cases_of_checkpoint(argparse.Namespace(**vars(args) | own), ctx))
+            some = cases_of_checkpoint(argparse.Namespace(**vars(args) | own), ctx)
+            found.append(dataclasses.replace(some, zones=some.zones and some.zones | {"model": None, "dataset": None}))
     a, b = found
     if a.evaluated == b.evaluated and args.compare[0] != args.compare[1]:
         a, b = (
@@ -102,26 +104,24 @@ def cases_of_both(args, ctx) -> tuple[Cases, Cases]:
     return matched_films(a, b) if a.zones else matched(a, b, args.label_columns)
 
 
-def in_table(predictions: Path, labels: Path) -> tuple[list[str], list[str], list[str]]:
-    """The labels of one table for which the other has probabilities, the ids that have none at all, and notes."""
+def in_table(predictions: Path, labels: Path) -> tuple[list[str], list[str]]:
+    """The labels of one table for which the other has probabilities, and notes."""
     table, known = read_plain(predictions), list(read_plain(labels).columns)
     scored = [column.removesuffix("_prob") for column in table.columns if column.endswith("_prob")]
     names = [name for name in known if name in scored]
     if not names:
         raise UserError(f"{predictions}: has no '..._prob' column of a label of {labels} (label 'x': column 'x_prob')")
     need_columns(table, ["id"], predictions)
-    unread = table["id"][(table[[f"{name}_prob" for name in names]] == "").all(axis=1)]
     gone = ", ".join(name for name in scored if name not in known)
-    return names, unread.tolist(), [f"{labels.name} has no labels of {gone}: left out"] if gone else []
+    return names, [f"{labels.name} has no labels of {gone}: left out"] if gone else []
 
 
 def listed(what: str, names: list[str]) -> None:
     """Raise UserError if there are names: how many, and the first."""
     if names:
         first = ", ".join(f"'{name}'" for name in names[:3]) + (" ..." if len(names) > 3 else "")
-        raise UserError(
-            f"--compare: {what} {len(names)} case{'s' * (len(names) > 1)}: {first} (give both the same data)"
-        )
+        what = f"{what} {len(names)} case{'s' * (len(names) > 1)}"
+        raise UserError(f"--compare: {what}: {first} (give both the same data)")
 
 
 def order_of(a: Cases, b: Cases) -> list[int]:
@@ -211,12 +211,13 @@ def merged(a: list[str], b: list[str]) -> list[str]:
 
 def shared_notes(a: Cases, b: Cases) -> list[str]:
     """What a reader must know of the cases of both."""
-    notes, known = merged(a.notes, b.notes), []
-    for which, some in (("A", a), ("B", b)):
-        seen = any("training chose" in note or "was trained on" in note for note in some.notes)  # of cases.py
-        known += [which] * bool(seen or (some.zones and some.zones["seen"]))
+    notes = merged(a.notes, b.notes)
+    known = [which for which, some in (("A", a), ("B", b)) if some.seen or (some.zones and some.zones["seen"])]
     if len(known) == 1:
-        notes.insert(0, f"Only {known[0]} knows these cases from its training: the comparison favours it")
+        text = "Only {} knows these cases from its training: the comparison favours it"
+        if not all("checkpoint" in some.files for some in (a, b)):  # but anyone's table
+            text = "{} knows these cases from its training, which favours it; of the other that is not known"
+        notes.insert(0, text.format(known[0]))
     if a.pairs or b.pairs:
         notes.append("Only labels are compared, not retrieval")
     return notes
@@ -239,12 +240,13 @@ def with_holm(rows, p: str = "p") -> None:
 
 
 def paired_delong(y, scores, groups) -> dict:
-    """z and two-sided p of the difference of two AUROC; scores: (n, 2). p is 1 where both order the cases alike."""
+    """z and two-sided p of the difference of two AUROC; scores: (n, 2). p is 1 where both order the cases alike; both
+    are NaN where the AUROC differ without a variance, as 1 and 0 do."""
     (a, b), cov = delong(y, scores, groups)
     variance = cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
-    if a == b and variance < 1e-15:
-        return {"delong_z": 0.0, "delong_p": 1.0}
-    z = (b - a) / math.sqrt(variance) if variance > 0 else math.nan
+    if variance < 1e-15:
+        return {"delong_z": 0.0, "delong_p": 1.0} if a == b else {"delong_z": math.nan, "delong_p": math.nan}
+    z = (b - a) / math.sqrt(variance)  # NaN stays
     return {"delong_z": z, "delong_p": float(2 * ndtr(-abs(z)))}
 
 
@@ -272,12 +274,12 @@ def comparison(a: Cases, b: Cases, facts: dict, scored: list[dict]) -> dict:
             which: {"file": some.evaluated} | {name: value for name, value in row.items() if name != "notes"}
             for which, some, row in zip("AB", (a, b), scored, strict=True)
         },
-        "comparison": {"sentences": sentences(found, facts | sizes)} | found,
+        "comparison": {"sentences": sentences(found, facts | sizes | {"but": but_thresholds(a, b)})} | found,
     }
 
 
 def compare_labels(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict, dict]:
-    """Differences, the same in any order of the cases; n, n_patients, and few: labels of few cases."""
+    """Differences, the same in any order of the cases; n, n_patients, and all_few: whether no label has enough."""
     order = sorted(np.flatnonzero(np.isfinite(a.probs).all(1)), key=lambda i: a.ids[i])  # as evaluate.score
     y, groups = a.targets[order], np.array(a.groups)[order]
     weights, names = common.bootstrap_weights(groups, n_resamples, seed), [f"label{k}" for k in range(y.shape[1])]
@@ -300,9 +302,10 @@ def compare_labels(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dic
     with_holm([row["auroc"] for row in per_label.values()], "delong_p")
     with_holm([row["mcnemar"] for row in per_label.values()])
     found = {"macro": block("macro_"), "micro": block("micro_"), "per_label": per_label}
-    rare = np.minimum((y == 1).sum(0), (y == 0).sum(0)) < FEW_POSITIVES
-    few = [name for name, is_few in zip(a.class_names, rare, strict=True) if is_few]
-    return found, {"n": len(order), "n_patients": len(set(groups)), "few": few}
+    patients = [min(len(set(groups[labels == value])) for value in (0, 1)) for labels in y.T]
+    few = [name for name, n in zip(a.class_names, patients, strict=True) if n < FEW_POSITIVES]
+    tested = {name for name, row in per_label.items() if math.isfinite(row["auroc"]["difference"])}
+    return found | {"few": few}, {"n": len(order), "n_patients": len(set(groups)), "all_few": tested <= set(few)}
 
 
 def compare_zones(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict, dict]:
@@ -325,7 +328,7 @@ def compare_zones(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict
     found = {"zone_means": {m: compared(means[0][m], means[1][m]) for m in GRADED}}
     found["csi"] = {m: compared(agreed[0][m], agreed[1][m]) for m in ("mae", "icc")}
     few = [zone for zone, n in zip(script.ZONES, graded.sum(0), strict=True) if n < FEW_POSITIVES]
-    return found | {"zones": zones}, {"n": len(order), "n_patients": len(set(groups)), "few": few}
+    return found | {"zones": zones, "few": few}, {"n": len(order), "n_patients": len(set(groups)), "all_few": False}
 
 
 # ==== Sentences ================================================================================================
@@ -338,10 +341,23 @@ def signed(value) -> str:
     return f"{value:+z.{digits}f}".replace("-", "−")
 
 
+def between(row: dict) -> str:
+    return f"{signed(row['low'])} to {signed(row['high'])}" if row.get("low") is not None else "undefined"
+
+
 def p_value(p, equals: str = "") -> str:
     if p is None or not math.isfinite(p):
         return "undefined"
     return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+
+
+def but_thresholds(a: Cases, b: Cases) -> str:
+    """What limits a comparison of decisions if the thresholds of A and B are not of one kind, else ''."""
+    kinds = [some.thresholds_source.split()[0] for some in (a, b)]  # "per" label, "none:", or the number
+    if a.zones or kinds[0] == kinds[1]:
+        return ""
+    sources = f"The thresholds come from different sources (A: {a.thresholds_source}. B: {b.thresholds_source})"
+    return f"{sources}: a difference may be one of thresholds, not of models."
 
 
 def sentence(name: str, better: str, row: dict, higher_is_better: bool, facts: dict) -> dict:
@@ -354,30 +370,32 @@ def sentence(name: str, better: str, row: dict, higher_is_better: bool, facts: d
     if gap == low == high == 0:
         text = f"{name} is the same in A and B ({number(row['a'])}), also in every resample of the patients."
         return {"verdict": "the same", "text": text}
-    if facts["interval"] is None:
-        return {"verdict": "no interval", "text": f"{head}: without an interval (--no-bootstrap) that shows nothing."}
     how = facts["interval"]
+    if how is None:
+        return {"verdict": "no interval", "text": f"{head}: without an interval (--no-bootstrap) that shows nothing."}
     of = f"{how['n_resamples']} resamples of {facts['n_patients']} patients"
-    head += f" (B − A: {100 * how['level']:.0f} % interval {signed(low)} to {signed(high)}, {of})"
-    if facts["n_patients"] < FEW_PATIENTS:
-        return {"verdict": "too few cases", "text": f"{head}: too few patients for that to show anything."}
+    head += f" (B − A: {100 * how['level']:.0f} % interval {between(row)}, {of})"
+    if facts["n_patients"] < FEW_PATIENTS or facts.get("all_few"):
+        who = "patients" if facts["n_patients"] < FEW_PATIENTS else "patients with a positive, or a negative, case"
+        return {"verdict": "too few cases", "text": f"{head}: too few {who} for that to show anything."}
+    but = facts.get("but", "")
     if low <= 0 <= high:
-        text = f"{head}: no difference is shown, which is not evidence that there is none."
-        return {"verdict": "not shown", "text": text}
+        text = f"{head}: no difference is shown, which is not evidence that there is none. {but}"
+        return {"verdict": "not shown", "text": text.strip()}
+    if but:  # not said of the models
+        return {"verdict": "thresholds", "text": f"{head}. {but}"}
     winner = "B" if (gap > 0) == higher_is_better else "A"
     return {"verdict": "supported", "text": f"{head}: the data support that {winner} {better}."}
 
 
-def tests_sentence(head: str, tests: dict, few: list[str], kind: str = "label") -> dict:
-    """The same on tests of all labels. tests: {label: (effect as text, whether there is one, adjusted p)}; few: labels
-    with too few cases."""
-    defined = [name for name, (_, _, p) in tests.items() if math.isfinite(p)]
-    differ = [name for name in defined if tests[name][2] < ALPHA]
-    rest, many = len(defined) - len(differ), f"{len(defined)} {kind}{'s' * (len(defined) > 1)}"
-    if not defined:
-        return {"verdict": "undefined", "text": f"{head}: undefined for every {kind}, and cannot be compared."}
-    if not any(tests[name][1] for name in defined):
-        return {"verdict": "the same", "text": f"{head}: the same in A and B on each of {many}."}
+def tests_sentence(head: str, tests: dict, kind: str = "label", few=()) -> dict:
+    """The same on tests of labels. tests: {label: (effect as text, whether there is one, adjusted p)}; few: those of
+    them that chance makes differ too often, of which nothing is said."""
+    judged = [name for name in tests if name not in few]
+    differ = [name for name in judged if tests[name][2] < ALPHA]
+    rest, many = len(judged) - len(differ), f"{len(tests)} {kind}{'s' * (len(tests) > 1)}"
+    if not any(tests[name][1] for name in judged):
+        return {"verdict": "the same", "text": f"{head}: the same in A and B on each {kind}."}
     text = f"{head}, after Holm's correction over {many}, "
     if differ:
         said = [f"{name} ({tests[name][0]}, p {p_value(tests[name][2], '= ')})" for name in differ]
@@ -385,13 +403,28 @@ def tests_sentence(head: str, tests: dict, few: list[str], kind: str = "label") 
     if rest:
         text += f"; for the other {'one' if rest == 1 else rest} " * bool(differ)
         text += "no difference is shown, which is not evidence that there is none"
-    text += "."
+    return {"verdict": "supported" if differ else "not shown", "text": text + "."}
+
+
+def areas_sentence(rows: dict, few: list[str]) -> dict:
+    """The same on the AUROC of all labels. rows: {label: of `compared`, with holm_p}; few: labels of few patients."""
+    head = "AUROC of single labels, B − A (DeLong's paired test)"
+    tests = {name: (signed(row["difference"]), row["difference"], row["holm_p"])
+             for name, row in rows.items() if math.isfinite(row["holm_p"])}  # fmt: skip
+    gone = [name for name, row in rows.items() if not math.isfinite(row["difference"])]
+    few = [name for name in few if name not in gone]
+    fixed, left = {name: row for name, row in rows.items() if name not in (*tests, *gone, *few)}, []
+    if fixed:
+        said = [f"{name} ({signed(row['difference'])}, bootstrap {between(row)})" for name, row in fixed.items()]
+        left.append(("no test", f"The test does not apply to a difference without variance: {', '.join(said)}."))
     if few:
-        what = "positive or negative cases" if kind == "label" else "graded zones"
-        text += f" Fewer than {FEW_POSITIVES} {what}, too few to show any but a large difference: {', '.join(few)}."
-    gone = [name for name in tests if name not in defined]
-    text += f" Undefined for {', '.join(gone)}." if gone else ""
-    return {"verdict": "supported" if differ else "not shown", "text": text}
+        text = f"Nothing is said of {', '.join(few)}: where fewer than {FEW_POSITIVES} patients have positive, or "
+        text += "negative, cases, p values come out too small and intervals too narrow: chance looks like a difference."
+        left.append(("too few cases", text))
+    if gone:
+        left.append(("undefined", f"Undefined for {', '.join(gone)}."))
+    one = tests_sentence(head, tests, few=few) if {*tests} - {*few} else {"verdict": left[0][0], "text": f"{head}:"}
+    return one | {"text": " ".join([one["text"], *(text for _, text in left)])}
 
 
 def sentences(found: dict, facts: dict) -> list[dict]:
@@ -399,19 +432,23 @@ def sentences(found: dict, facts: dict) -> list[dict]:
     said = []
     for part, metric, about, name, better in QUESTIONS:
         if part in found:
-            row = found[part][metric]
-            said.append({"about": about} | sentence(name, better, row, METRICS[metric][1], facts))
+            limits = {"auroc": {"but": ""}, "f1": {}}.get(metric, {"but": "", "all_few": False})
+            one = sentence(name, better, found[part][metric], METRICS[metric][1], facts | limits)
+            said.append({"about": about} | one)
     kind, rows = ("label", found["per_label"]) if "per_label" in found else ("zone", found["zones"])
     if kind == "label":
-        tests = {name: (signed(row["auroc"]["difference"]), row["auroc"]["difference"], row["auroc"]["holm_p"])
-                 for name, row in rows.items()}  # fmt: skip
-        head = "AUROC of single labels, B − A (DeLong's paired test)"
-        said.append({"about": "AUROC by label"} | tests_sentence(head, tests, facts["few"]))
+        areas = {name: row["auroc"] for name, row in rows.items()}
+        said.append({"about": "AUROC by label"} | areas_sentence(areas, found["few"]))
     decided = {name: row["mcnemar"] for name, row in rows.items()}
     tests = {name: (f"only A right in {row['b']} cases, only B in {row['c']}", row["b"] + row["c"], row["holm_p"])
              for name, row in decided.items()}  # fmt: skip
     what = "Decisions at the thresholds" if kind == "label" else "Scores equal to the reader's"
-    one = tests_sentence(f"{what} (McNemar's exact test)", tests, facts["few"], kind)
+    one = tests_sentence(f"{what} (McNemar's exact test)", tests, kind)
+    if facts["but"] and one["verdict"] != "the same":
+        one["text"] += f" {facts['but']}"
+        one["verdict"] = "thresholds" if one["verdict"] == "supported" else one["verdict"]
+    if kind == "zone" and found["few"]:
+        one["text"] += f" Fewer than {FEW_POSITIVES} cases show only a large difference: {', '.join(found['few'])}."
     if facts["n_patients"] < facts["n"]:
         one["text"] += f" This test takes cases as independent, but {facts['n']} cases are of {facts['n_patients']} "
         one["text"] += "patients: its p values may be too small."
@@ -432,7 +469,8 @@ COMPARED = {
     "Difference": "B − A on the same cases, with the interval of the paired bootstrap: both models get each resample "
     "of the patients. An interval that leaves out 0 is what a difference needs to be called shown. Over many "
     "labels some leave it out by chance alone: look at Holm's p.",
-    "DeLong p, Holm p": "of the paired test that two AUROC are equal; Holm's: corrected for testing every label.",
+    "DeLong p, Holm p": "of the paired test that two AUROC are equal; Holm's: corrected for testing every label. Few "
+    f"patients: fewer than {FEW_POSITIVES} have positive, or negative, cases; both come out too small there.",
     "Only A right": "cases whose decision at the threshold is right in A and wrong in B. McNemar's test asks whether "
     "they are as many as those that only B has right. It takes cases as independent, also those of one patient.",
     "Not shown": "the data are compatible with no difference, and with each one inside the interval. That is no proof "
@@ -442,15 +480,15 @@ COMPARED = {
 
 
 SHOWN = {"supported": "a difference is supported", "not shown": "no difference is shown"}
-SHOWN |= {verdict: verdict for verdict in ("the same", "undefined", "too few cases", "no interval")}
+SHOWN |= {"thresholds": "a difference, perhaps of thresholds alone"}
+SHOWN |= {verdict: verdict for verdict in ("the same", "undefined", "too few cases", "no interval", "no test")}
 DECIDED = "|Only A right|Only B right|McNemar p|Holm p"
 
 
 def cells(row: dict, scale: float | None = None) -> str:
     """A, B, and their difference with its interval; with a scale also as a mark."""
-    between = f"{signed(row['low'])} to {signed(row['high'])}" if row.get("low") is not None else ""
     found = f"<td>{number(row['a'])}</td><td>{number(row['b'])}</td>"
-    found += f"<td>{signed(row['difference'])}<small>{between}</small></td>"
+    found += f"<td>{signed(row['difference'])}<small>{between(row) if 'low' in row else ''}</small></td>"
     return found + (f"<td>{mark(*ends_of(row), -scale, scale)}</td>" if scale else "")
 
 
@@ -503,41 +541,43 @@ def averages(parts: dict[str, dict]) -> str:
 
 def labels_body(results: dict, a: Cases, b: Cases) -> str:
     found, rows, grid = results["comparison"], "", ""
-    areas = {name: row["auroc"] for name, row in found["per_label"].items()} | {"Macro": found["macro"]["auroc"]}
-    scale, facts = scale_of(areas.values()), results["models"]["A"]["per_label"]
+    areas, macro = {name: row["auroc"] for name, row in found["per_label"].items()}, found["macro"]["auroc"]
+    scale, facts = scale_of([*areas.values(), macro]), results["models"]["A"]["per_label"]
     for k, (name, row) in enumerate(found["per_label"].items()):
         auroc, of = row["auroc"], facts[name]
-        rows += f"<tr><td>{esc(name)}<small>{of['positives']} of {of['n']} positive</small></td>{cells(auroc, scale)}"
+        under = f"{of['positives']} of {of['n']} positive{', few patients' * (name in found['few'])}"
+        rows += f"<tr><td>{esc(name)}<small>{under}</small></td>{cells(auroc, scale)}"
         rows += f"<td>{p_value(auroc['delong_p'])}</td><td>{p_value(auroc['holm_p'])}</td>{decided(row)}</tr>\n"
         if auroc["difference"] is not None:
             use = ~np.isnan(a.targets[:, k]) & ~np.isnan(a.probs[:, k])
             said = f"A {number(auroc['a'])}, B {number(auroc['b'])}"
             given = a.targets[use, k], a.probs[use, k], b.probs[use, k]
             grid += panel(f"ROC curves of {name}: {said}", name, f"AUROC {said}", draw_both, *given)
-    macro = f"<tr><td>Macro</td>{cells(found['macro']['auroc'], scale)}{'<td></td>' * 6}</tr>"
+    total = f"<tr><td>Macro</td>{cells(macro, scale)}{'<td></td>' * 6}</tr>"
     head = f"Label|AUROC of A|AUROC of B|B − A|±{scale:g} around 0|DeLong p|Holm p{DECIDED}"
     text = "Bars: intervals, not corrected for the number of labels. Diamond: macro."
-    parts = section("By label", "", table(head, rows, macro)) + forest_section(
-        "Differences of AUROC", text, areas, scale
-    )
+    parts = section("By label", "", table(head, rows, total))
+    parts += forest_section("Differences of AUROC", text, areas, ("Macro", macro), scale)
     parts += averages({"Macro": found["macro"], "Micro": found["micro"]})
     return parts + section("ROC curves", "A: blue, drawn through. B: orange, dashed. Dotted: a coin toss.", grid=grid)
 
 
 def zones_body(results: dict) -> str:
     found, rows = results["comparison"], ""
-    kappas = {name: row["qwk"] for name, row in found["zones"].items()} | {"Mean": found["zone_means"]["qwk"]}
-    scale = scale_of(kappas.values())
+    kappas, mean = {name: row["qwk"] for name, row in found["zones"].items()}, found["zone_means"]["qwk"]
+    scale = scale_of([*kappas.values(), mean])
     for name, row in found["zones"].items():
         rows += f"<tr><td>{esc(name)}</td>{cells(row['qwk'], scale)}{cells(row['mae'])}{decided(row)}</tr>\n"
     head = f"Zone|QWK of A|QWK of B|B − A|±{scale:g} around 0|MAE of A|MAE of B|B − A{DECIDED}"
     text = "Bars: intervals, not corrected for the number of zones. Diamond: their mean."
-    parts = section("By zone", "", table(head, rows)) + forest_section("Differences of QWK", text, kappas, scale)
+    parts = section("By zone", "", table(head, rows))
+    parts += forest_section("Differences of QWK", text, kappas, ("Mean", mean), scale)
     return parts + averages({"Mean of the zones:": found["zone_means"], "Mean CSI:": found["csi"]})
 
 
-def forest_section(title: str, text: str, rows: dict[str, dict], scale: float) -> str:
-    return section(title, text, forest({k: ends_of(row) for k, row in rows.items()}, scale, ("A higher", "B higher")))
+def forest_section(title: str, text: str, rows: dict[str, dict], mean: tuple[str, dict], scale: float) -> str:
+    named = [(name, ends_of(row)) for name, row in (*rows.items(), mean)]
+    return section(title, text, forest(named, scale, ("A higher", "B higher")))
 
 
 def write_comparison(folder: Path, results: dict, a: Cases, b: Cases) -> None:

@@ -87,6 +87,7 @@ from threadpoolctl import threadpool_limits
 import clinical
 import common
 from cases import (
+    OVERRIDES,
     THRESHOLD_FLAGS,
     Cases,
     cases_of_checkpoint,
@@ -102,7 +103,7 @@ from common import UserError, load_checkpoint, with_interval
 from compare import cases_of_both, comparison, is_table, write_comparison
 from page import number, people, warnings_of
 from pictures import draw, found_cases, wrong_cases
-from report import write_report
+from report import read_plain, write_report
 from retrieval import (
     LEVEL,
     export_features,
@@ -112,7 +113,7 @@ from retrieval import (
     volume_retrieval,
     write_features,
 )
-from subgroups import score_subgroups
+from subgroups import read_columns, score_subgroups
 from zones import film_cell, score_zones, write_zones, zone_lines
 
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "npv", "accuracy", "balanced_accuracy", "mcc")
@@ -172,8 +173,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     text = "score a logistic regression on the frozen image features of the training data in place of the model"
     group.add_argument("--linear-probe", action="store_true", help=text)
     group.add_argument("--export-features", type=Path, metavar="NPZ", help="file for the features of the cases")
-    text = "images in the report: the most confident errors with heat maps, and those of a retrieval gallery"
-    group.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "images in the report of a checkpoint: the most confident errors with heat maps, a retrieval gallery (yes)"
+    group.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "confidence intervals over patients"
     group.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help=text)
     group.add_argument("--n-bootstrap", "--n_bootstrap", type=int, default=1000, help="resamples of the intervals")
@@ -203,9 +204,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     tables = bool(args.predictions) or any(map(is_table, args.compare or ()))
     if tables and (args.labels is None or len(args.labels) > 1):
         raise UserError("command line: --predictions and --labels go together (one file each; also in --compare)")
-    for name in ("zero_shot", "prompts", "templates", "retrieval", "linear_probe", "export_features"):
-        if tables and getattr(args, name):
+    given = [name for name in (*OVERRIDES, "retrieval", "linear_probe", "export_features") if name != "labels"]
+    for name in given if args.predictions or (args.compare and all(map(is_table, args.compare))) else ():
+        if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: needs a checkpoint (--test-only)")
+    if args.pictures and (args.predictions or args.compare or args.linear_probe):
+        raise UserError("--pictures: are of a checkpoint's own scores, with --test-only (leave it out)")
+    args.pictures = args.pictures is not False
+    if len(set(args.label_columns or ())) < len(args.label_columns or ()):
+        raise UserError("--label-columns: names a label twice (name each once)")
     alone = ("validation", "threshold_part", "oracle_thresholds", "retrieval", "linear_probe", "export_features")
     for name in (*alone, "subgroup", "subgroup_table"):
         if args.compare and getattr(args, name):
@@ -234,11 +241,11 @@ def read_config(args, argv) -> argparse.Namespace:
     """Parse again with the defaults of --config. The file may be that of the training: its data keys are used, and its
     other keys, which the checkpoint already holds, are not."""
     checkpoints = [path for path in args.compare or [args.test_only] if path and not is_table(path)]
-    parents = [script_of(load_checkpoint(path), path).build_parser() for path in checkpoints]
-    for parent in parents:
-        for action in parent._actions:
+    parser = argparse.ArgumentParser(conflict_handler="resolve", add_help=False, allow_abbrev=False)
+    for path in checkpoints:
+        for action in script_of(load_checkpoint(path), path).build_parser()._actions:
             action.default, action.required = argparse.SUPPRESS, False
-    parser = argparse.ArgumentParser(parents=parents, conflict_handler="resolve", add_help=False, allow_abbrev=False)
+            parser._add_action(action)
     merged = common.parse_with_config(add_options(parser), argv)
     unused = [name for name in vars(merged) if name not in vars(args)]
     if unused:
@@ -389,8 +396,24 @@ def print_table(results: dict) -> None:
 # ==== Main =====================================================================================================
 
 
+def refuse_overwriting(args) -> None:
+    """Raise UserError if a file that is written is one that is read."""
+    folder = args.output.parent if args.output.suffix == ".json" else args.output
+    tables = ("predictions_a.csv", "predictions_b.csv") if args.compare else ("predictions.csv",)
+    written = {(folder / name).resolve() for name in (*tables, "labels.csv")} | {args.output.resolve()}
+    read = [args.predictions, args.csv, args.subgroup_table, *(args.labels or ()), *(args.compare or ())]
+    for path in [*read, *(args.validation or ())]:
+        if path and path.resolve() in written:
+            raise UserError(f"--output {args.output}: {path} is read, and would be overwritten (choose another)")
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
+    refuse_overwriting(args)
+    if args.subgroup_table:  # mistakes in these files are found before the inference
+        read_columns(args.subgroup_table, args.subgroup)
+    for path in args.validation or ():
+        common.need_columns(read_plain(path), ["id"], path)
     both = None
     with common.process_group(args.device) as ctx:
         if args.compare:
@@ -411,6 +434,7 @@ def main(argv=None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{folder}: could not be made: {e.strerror} (choose another --output)") from e
+    common.remove_stale([results_path.parent])
     if args.export_features:
         export_features(args.export_features, cases)
     n_resamples, part = args.n_bootstrap if args.bootstrap else 0, None

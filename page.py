@@ -17,6 +17,7 @@ from common import write_atomic
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
 FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
+FEW_PATIENTS = 20  # of fewer the percentiles of a bootstrap are too close together
 FEW_TEXTS = 20  # with fewer distinct texts a recall at K is near 1 by chance, and the choice of texts decides
 FIGURE_STYLE = {
     "svg.fonttype": "none",  # text stays text: small files, and readable to a screen reader
@@ -94,6 +95,8 @@ def warnings_of(results: dict) -> list[str]:
         )
     if results["interval"] is None:
         found.append("No bootstrap intervals were computed (--no-bootstrap)")
+    elif results["n_patients"] < FEW_PATIENTS:
+        found.append(f"Only {results['n_patients']} patients: intervals of so few are too narrow")
     return found
 
 
@@ -128,10 +131,10 @@ def mark(value, low, high, left: float = 0.0, right: float = 1.0) -> str:
     return f'<svg class="mark" viewBox="0 0 110 24" aria-hidden="true">{svg}</svg>'
 
 
-def forest(rows: dict[str, tuple], scale: float, ends: tuple[str, str]) -> str:
+def forest(rows: list[tuple], scale: float, ends: tuple[str, str]) -> str:
     """Figure of differences with their intervals, between -scale and scale; of the last row, a mean, a diamond.
 
-    rows: name -> (value, low, high), None: undefined; ends: what stands on the two sides of 0.
+    rows: (name, (value, low, high)), None: undefined; ends: what stands on the two sides of 0.
     """
     height, x = 26 * len(rows) + 62, lambda value: round(600 + 360 * value / scale, 1)
     svg = ""
@@ -141,7 +144,7 @@ def forest(rows: dict[str, tuple], scale: float, ends: tuple[str, str]) -> str:
         svg += f'<text x="{at}" y="{height - 32}" text-anchor="middle">{said}</text>'
     for side, end, anchor in ((-10, f"← {ends[0]}", "end"), (10, f"{ends[1]} →", "start")):
         svg += f'<text x="{600 + side}" y="{height - 8}" text-anchor="{anchor}">{esc(end)}</text>'
-    for i, (name, (value, low, high)) in enumerate(rows.items()):
+    for i, (name, (value, low, high)) in enumerate(rows):
         y, last = 20 + 26 * i, i == len(rows) - 1
         name = f"<b>{esc(name)}</b>" if last else esc(name)
         svg += f'<foreignObject x="0" y="{y - 11}" width="225" height="22"><div>{name}</div></foreignObject>'  # is cut

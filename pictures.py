@@ -38,7 +38,7 @@ SIDE, OPACITY = 288, 0.6  # pixels of a picture's longer side; of the heat map w
 KINDS = {
     "false positive": "False positives: called present, labelled absent",
     "false negative": "False negatives: called absent, labelled present",
-    "found": "Found: the most confident right case of each label",
+    "found": f"Found: the most confident right case of a label, of up to {LABELS} labels",
 }
 
 
@@ -283,7 +283,7 @@ STYLE = """
 .views { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; margin-top: 6px; align-items: start; }
 .views img { width: 100%; display: block; } .views span { color: #555; font-size: 13px; line-height: 1.3; }
 .heat { display: inline-block; width: 120px; height: 11px; margin: 0 6px; vertical-align: -1px;
-  background: linear-gradient(90deg, #000004, #57106e, #bc3754, #f98e09, #fcffa4); }
+  background: linear-gradient(90deg, #666666, #624c68, #8a525e, #b37b36, #c0c28b); }
 @media screen and (max-width: 900px) { .cases { grid-template-columns: 1fr; } }
 """
 
@@ -292,7 +292,7 @@ TEXT = (
     f"{WRONG} of each, of which {PER_LABEL} of one label, and no case more than {PER_CASE} times. An error of the "
     "model and one of the labels look alike here."
 )
-NO_PICTURES = "evaluate.py draws their pictures, of a checkpoint and unless told not to (--no-pictures)."
+NO_PICTURES = "evaluate.py draws their pictures where the scores are a checkpoint's own, unless --no-pictures."
 HOW = (
     "Beside each image its heat map: where the last places of the network raise the score of the label more than their "
     "average does (gradient times activation, HiResCAM), relative to the highest of the picture. It shows what moved "

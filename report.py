@@ -4,8 +4,7 @@ evaluate.py writes the page; this script makes it again from the files, without 
 of a retrieval gallery:
     python report.py --results eval/results.json --predictions eval/predictions.csv --labels eval/labels.csv
 
-The page loads nothing: figures are SVG data URIs, photographs JPEG ones, there is no script, a CSP meta tag forbids
-both, and every text that came from a file is escaped. It prints on A4, with figures as vectors.
+page.py says what every page keeps to.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+import page
 import pictures
 from clinical import TARGETS, net_benefit, wilson_interval
 from common import UserError, calibration_bins, group_of, label_array, need_columns, need_file, read_table, run_main
@@ -33,14 +33,14 @@ LONG_TEXT = 280  # characters of a text that the gallery shows
 # ==== Files ====================================================================================================
 
 
-def read_scores(predictions: Path, labels: Path, class_names=None, failed=(), others=()):
+def read_scores(predictions: Path, labels: Path, class_names=None, others=()):
     """Two CSV files -> ids, groups, targets, probs, class_names, in the order of the labels file.
 
     predictions: column `id` and a `{label}_prob` for each label (`{label}_pred` is ignored); labels: `id`, the label
     columns (0, 1, or empty or -1 for unknown) and, if there is one, `patient_id` (the groups of the bootstrap).
     `class_names` chooses labels and their order; by default every column must have its partner, but for `others`, which
-    are no labels. Ids in `failed` may have no probability. targets (n, K) float64 with NaN for unknown, probs (n, K)
-    float64. Raises UserError.
+    are no labels. targets (n, K) float64 with NaN for unknown, probs (n, K) float64; a row without any probability, all
+    cells empty, is a case that failed to load: NaN. Raises UserError.
     """
     left, right = read_plain(predictions), read_plain(labels)
     if class_names is None:
@@ -63,7 +63,8 @@ def read_scores(predictions: Path, labels: Path, class_names=None, failed=(), ot
 
     columns = [f"{name}_prob" for name in class_names]
     probs = left[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    bad = ~((probs >= 0) & (probs <= 1)) & ~left["id"].isin(failed).to_numpy()[:, None]
+    blank = (left[columns] == "").all(axis=1).to_numpy()[:, None]
+    bad = ~((probs >= 0) & (probs <= 1)) & ~blank
     if bad.any():
         row, k = np.argwhere(bad)[0]
         cell = left[columns[k]].iat[row]
@@ -437,7 +438,8 @@ READING = {
     "Interval": "the range of values that other samples of patients would plausibly give. It covers neither errors in "
     "the labels nor another hospital. Two models need a paired comparison, not a look at overlapping intervals.",
     "DeLong": "interval of the AUROC without resampling, on the logit scale, with the cases of one patient taken as "
-    "dependent (Obuchowski). Where it differs much from the other, there are too few positive or negative cases.",
+    "dependent (Obuchowski). Where it differs much from the other, there are too few positive or negative cases; "
+    "around 0 or 1, and where all scores are equal, it has no width, and says nothing.",
     "Undefined": "the data cannot answer: an AUROC without a positive case, for example. It is not a zero.",
 }
 CALIBRATION = {
@@ -484,15 +486,8 @@ def cell(row: dict, metric: str) -> str:
 
 def mark(row: dict) -> str:
     """A table cell with the AUROC as a dot, its interval as a bar from 0 to 1, chance as a tick; below DeLong's."""
-    value, low, high = (row.get(key) for key in ("auroc", "auroc_low", "auroc_high"))
-    if value is None:
-        return "<td></td>"
-    svg = '<path d="M5 12H105" stroke="#c8c8c8"/><path d="M55 4V20" stroke="#767676"/>'
-    if low is not None:
-        svg += f'<path d="M{5 + 100 * low:.1f} 12H{5 + 100 * high:.1f}" stroke="#8fbfdd" stroke-width="8"/>'
-    svg += f'<circle cx="{5 + 100 * value:.1f}" cy="12" r="3.2" fill="{BLUE}"/>'
-    svg = f'<svg class="mark" viewBox="0 0 110 24" aria-hidden="true">{svg}</svg>'
-    return f"<td>{svg}<small>{interval(row, 'auroc_delong')}</small></td>"
+    svg = page.mark(*map(row.get, ("auroc", "auroc_low", "auroc_high")))
+    return f"<td>{svg}<small>{interval(row, 'auroc_delong')}</small></td>" if svg else "<td></td>"
 
 
 def table_row(name: str, under: str, n, positives: str, row: dict) -> str:
@@ -677,7 +672,7 @@ def main(argv=None) -> int:
             raise UserError(
                 f"{args.results}: of --compare (run its command of evaluate.py again, which makes the page)"
             )
-        names, failed = list(results["per_label"]), [f["id"] for f in results["failed"]]
+        names = list(results["per_label"])
     except OSError as e:
         raise UserError(f"{args.results}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
@@ -686,7 +681,7 @@ def main(argv=None) -> int:
     if names and not (args.predictions and args.labels):
         raise UserError(f"{args.results}: has labels (give --predictions and --labels)")
     if names:
-        _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names, failed)
+        _, _, targets, probs, _ = read_scores(args.predictions, args.labels, names)
     try:
         write_report(args.out, results, targets, probs)
     except (KeyError, TypeError, AttributeError, IndexError) as e:  # all that varies here is what the file holds

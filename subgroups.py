@@ -12,6 +12,7 @@ results.json:
 """
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,10 @@ from common import UserError, need_columns, read_table, with_interval
 from page import FEW_POSITIVES, esc, interval, mark, number
 
 ID_COLUMNS = ("id", "series_id", "VolumeName", "FileID")
-UNKNOWN = "unknown"  # an empty cell, or no row
+UNKNOWN = "unknown"  # no row, or a cell that says nothing, in any case of letters:
+NOTHING = ("", "na", "n/a", "nan", "none", "unknown", "-", "?")
+CODE = re.compile(r"0\d.*|\d{16,}")  # no number: 007 is not 7, and floats do not tell so many digits apart
+QUOTE = r"^'(?=[=+\-@\t\r])"  # that write_csv puts before what a spreadsheet would run
 BANDS, MANY_NUMBERS, MANY_TEXTS = 4, 12, 30  # more numbers are cut into bands, more texts are refused
 METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accuracy", "brier", "log_loss", "ece")
 
@@ -29,57 +33,70 @@ METRICS = ("auroc", "auprc", "f1", "precision", "recall", "specificity", "accura
 # ==== Columns ==================================================================================================
 
 
+def read_columns(path, columns: list[str]) -> pd.DataFrame:
+    """The table of --subgroup, without the quotes of write_csv in what names columns. Raises UserError."""
+    if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
+        raise UserError(f"{path}: no table of ids and columns (--subgroup-table gives one)")
+    table = read_table(path, ",;\t")
+    table.columns = table.columns.str.replace(QUOTE, "", regex=True)
+    need_columns(table, columns, path)
+    return table
+
+
 def subgroups_of(path, columns: list[str], ids: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """{column: {value: (n,) bool, which cases have it}} of the cases, by a table of their ids; and notes.
 
     The values in their order, unknown last. Raises UserError.
     """
-    if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        raise UserError(f"{path}: no table of ids and columns (--subgroup-table gives one)")
-    quote = r"^'(?=[=+\-@\t\r])"  # that write_csv puts before what a spreadsheet would run
-    table = read_table(path, ",;\t")
-    table.columns = table.columns.str.replace(quote, "", regex=True)
-    need_columns(table, columns, path)
+    table, notes = read_columns(path, columns), []
     key = next((name for name in ID_COLUMNS if name in table.columns), table.columns[0])
-    own = table[key].str.replace(quote, "", regex=True)
+    own = table[key].str.replace(QUOTE, "", regex=True)
     own = own.where(own.isin(ids), own.map(common.volume_name))  # VolumeName has an extension, ids may have none
     if not own.isin(ids).any():
         hint = "--subgroup-table gives a table that has them"
         raise UserError(f"{path}: column '{key}' has no id of the cases, such as '{ids[0]}' ({hint})")
     found = {}
     for name in columns:
-        texts = table[name].str.strip().replace(["nan", "NaN", UNKNOWN], "")
+        texts = table[name].str.replace(QUOTE, "", regex=True).str.strip()
+        texts = texts.where(~texts.str.lower().isin(NOTHING), "")
         per_case = texts.groupby(own).agg(["first", "nunique"]).reindex(ids)
         twice = per_case.index[per_case["nunique"] > 1]
         if len(twice):
             raise UserError(f"{path}: id '{twice[0]}' has several values of '{name}' (keep one per case)")
-        found[name] = split(per_case["first"].fillna("").to_numpy(str), name, path)
+        found[name], said = split(per_case["first"].fillna("").to_numpy(str), name, path)
+        notes += said
     there = set(own)
     missing = [name for name in ids if name not in there]
     first = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     text = f"{len(missing)} of {len(ids)} cases have no row in {path.name}: their subgroup is '{UNKNOWN}' ({first})"
-    return found, [text] if missing else []
+    return found, notes + [text] * bool(missing)
 
 
-def split(texts: np.ndarray, name: str, path) -> dict[str, np.ndarray]:
-    """Values, or bands of them, and which cases have each."""
-    told = texts != ""
-    numbers = pd.to_numeric(pd.Series(texts[told]), errors="coerce").to_numpy(np.float64)
-    if told.any() and np.isfinite(numbers).all():
-        values, kinds = np.unique(numbers), numbers
-        if len(values) > MANY_NUMBERS:
-            kinds = np.searchsorted(np.quantile(numbers, np.arange(1, BANDS) / BANDS), numbers)
-        ends = [(numbers[kinds == kind].min(), numbers[kinds == kind].max()) for kind in np.unique(kinds)]
-        titles = [f"{low:g}" if low == high else f"{name} {low:g} to {high:g}" for low, high in ends]
-    else:
-        titles, kinds = np.unique(texts[told], return_inverse=True)
+def split(texts: np.ndarray, name: str, path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Values as they are written, or bands of them, and which cases have each; a note on bands."""
+    told, notes = texts != "", []
+    some = texts[told]
+    numbers = pd.to_numeric(pd.Series(some), errors="coerce").to_numpy(np.float64)
+    words = [text for text, x in zip(some, numbers, strict=True) if not np.isfinite(x) or CODE.fullmatch(text)]
+    if words:
+        titles, kinds = np.unique(some, return_inverse=True)
         if len(titles) > MANY_TEXTS:
-            raise UserError(f"{path}: column '{name}' has {len(titles)} texts (at most {MANY_TEXTS} make subgroups)")
+            text = f"{path}: column '{name}' has {len(titles)} texts, such as '{words[0]}', which is no number"
+            raise UserError(f"{text} (at most {MANY_TEXTS} texts make subgroups, or numbers alone)")
+    else:
+        kinds, n = numbers, len(np.unique(numbers))
+        if n > MANY_NUMBERS:
+            kinds = np.searchsorted(np.quantile(numbers, np.arange(1, BANDS) / BANDS), numbers)
+            text = f"{n} different numbers of '{name}' were cut into {len(np.unique(kinds))} bands at their quartiles"
+            notes.append(f"{text} (write codes as text, such as 'site 7', to keep them apart)")
+        written = lambda x: min(some[numbers == x], key=len)  # noqa: E731
+        ends = [(numbers[kinds == kind].min(), numbers[kinds == kind].max()) for kind in np.unique(kinds)]
+        titles = [written(x) if x == y else f"{name} {written(x)} to {written(y)}" for x, y in ends]
     found = {}
     for title, kind in zip(titles, np.unique(kinds), strict=True):
         found[str(title)] = told.copy()
         found[str(title)][told] = kinds == kind
-    return found | ({} if told.all() else {UNKNOWN: ~told})
+    return found | ({} if told.all() else {UNKNOWN: ~told}), notes
 
 
 # ==== Numbers ==================================================================================================
@@ -174,6 +191,8 @@ def subgroup_section(results: dict) -> str:
     if results["interval"]:
         how = f"{100 * results['interval']['level']:.0f} % intervals, percentile bootstrap over the patients of the row"
         text += f" Small print and bars: {how}."
+    if any(UNKNOWN in values for values in found.values()):
+        text += f" {UNKNOWN.capitalize()}: no row in the table, or an empty cell, NA, none, unknown, - or ?."
     draw = column_of_labels if "per_label" in results else column_of_films
     parts = "".join(f"<h3>By {esc(name)}</h3>{draw(name, values, results)}" for name, values in found.items())
     return f"\n<section><h2>Subgroups</h2><p>{esc(text)}</p>{parts}</section>"

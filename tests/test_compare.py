@@ -234,7 +234,9 @@ def test_what_is_rare_undefined_or_dependent_is_said(tmp_path, drawn_once):
     write(tmp_path, y, a, b, ids)
     results = run(tmp_path)
     text = said(results, "AUROC by label")["text"]
-    assert "over 3 labels" in text and "Undefined for never." in text and re.search("too few .*: rare, never", text)
+    assert "over 3 labels" in text and text.endswith(" Undefined for never.") and "Nothing is said of rare: " in text
+    assert results["comparison"]["few"] == ["rare", "never"]
+    assert "rare" not in said(results, "decisions by label")["text"]  # whose test takes all cases
     assert "160 cases are of 80 patients: its p values may be too small" in said(results, "decisions by label")["text"]
     assert any("hardly evidence" in note and "rare" in note for note in results["notes"])
     known, row = ~np.isnan(y[:, 0]), results["comparison"]["per_label"]["one"]["auroc"]
@@ -247,13 +249,60 @@ def test_what_is_rare_undefined_or_dependent_is_said(tmp_path, drawn_once):
     assert any("AUROC is undefined for 1 of 4 labels" in note for note in results["notes"])
 
 
+def test_few_patients_and_no_variance(tmp_path, drawn_once):
+    """A small p of a label of few patients is no difference, whatever the cases; AUROC 1 and 0 have no test."""
+    n = 90
+    ids, patients = [f"c{i}" for i in range(n)], [f"p{i}" for i in range(n)]
+    patients[:24] = [f"p{i % 8}" for i in range(24)]  # 24 positive cases of 8 patients
+    ill = (np.arange(n) < 24).astype(float)
+    noise = np.random.default_rng(0).random(n)
+    a, b = noise, np.where(ill, 0.8 + 0.1 * noise, 0.9 * noise)
+    write(tmp_path, ill[:, None], a[:, None], b[:, None], ids, ["x"], patient_id=patients)
+    results = run(tmp_path, "--n-bootstrap", 200)
+    row = results["comparison"]["per_label"]["x"]["auroc"]
+    assert row["holm_p"] < 1e-6 and row["low"] > 0 and results["comparison"]["few"] == ["x"]
+    assert [said(results, about)["verdict"] for about in ("macro AUROC", "macro F1", "AUROC by label")] == [
+        "too few cases"
+    ] * 3
+    assert "differ" not in said(results, "AUROC by label")["text"].split(":")[1]
+    assert "too few patients with a positive, or a negative, case" in said(results, "macro AUROC")["text"]
+    assert said(results, "Brier score")["verdict"] == "supported"  # of all cases
+    ill = np.arange(n) % 2.0
+    both = np.stack([ill, noise > 0.5], 1)
+    a, b = np.stack([1 - ill, noise], 1), np.stack([ill, noise], 1)
+    for names, verdict in ((["x", "y"], "the same"), (["x"], "no test")):
+        k = len(names)
+        write(tmp_path, both[:, :k].astype(float), a[:, :k], b[:, :k], ids, names)
+        one = said(run(tmp_path), "AUROC by label")
+        assert one["verdict"] == verdict and one["text"].endswith("variance: x (+1.000, bootstrap +1.000 to +1.000).")
+
+
+def test_thresholds_of_different_sources():
+    """No difference of decisions is called one of the models then; what needs no threshold is."""
+    row = {"a": 0.5, "b": 0.6, "difference": 0.1, "low": 0.05, "high": 0.15, "holm_p": 0.001}
+    found = {"macro": {"auroc": row, "f1": row, "brier": row}, "few": []}
+    found["per_label"] = {"x": {"auroc": row, "mcnemar": {"b": 1, "c": 20, "p": 0.001, "holm_p": 0.001}}}
+    facts = {"n": 90, "n_patients": 90, "interval": {"n_resamples": 9, "level": 0.95}, "all_few": False}
+    tuned = planted(thresholds_source="per label, from the checkpoint (tuned on the validation split)")
+    for other, verdict in ((planted(thresholds_source="0.5 (default)"), "thresholds"), (tuned, "supported")):
+        but = {"but": compare.but_thresholds(tuned, other)}
+        of = {one["about"]: one for one in compare.sentences(found, facts | but)}
+        assert of["macro F1"]["verdict"] == of["decisions by label"]["verdict"] == verdict
+        assert of["macro AUROC"]["verdict"] == of["AUROC by label"]["verdict"] == "supported"
+        for about in ("macro F1", "decisions by label"):
+            assert ("(A: per label, from" in of[about]["text"]) == (verdict == "thresholds")
+        assert ("decides better" in of["macro F1"]["text"]) == (verdict == "supported")
+    same = planted(thresholds_source="0.5 (the checkpoint's were fitted to these cases)")
+    assert not compare.but_thresholds(same, planted(thresholds_source="0.5 (default)"))
+
+
 # ---- Cases
 
 
 def test_files_and_flags(tmp_path, capsys):
     """Complete files, and each flag has its effect; the page is escaped."""
     y, a, b, ids = make()
-    names = ["one", EVIL, "=rare", "never"]
+    names = ["Macro", EVIL, "=rare", "never"]
     write(tmp_path, y, a, b, ["=" + i for i in ids], names, patient_id=[f"@{i // 4}" for i in range(len(ids))])
     results = run(tmp_path)
     made = {"results.json", "predictions_a.csv", "predictions_b.csv", "labels.csv", "report.html"}
@@ -261,6 +310,7 @@ def test_files_and_flags(tmp_path, capsys):
     assert "- Macro AUROC of B is higher" in capsys.readouterr().out
     page, csv = ((tmp_path / "out" / name).read_text() for name in ("report.html", "predictions_b.csv"))
     assert "<script" not in page and html.escape(EVIL) in page and page.count("<figure>") == 3
+    assert "5 differences with" in page and page.count("l8 -7l8 7l-8 7z") == 1  # a label of the mean's name
     assert "\n'=valid" in csv and ",'=rare_prob" in csv and "\n=" not in csv
     for one in results["comparison"]["sentences"]:
         assert html.escape(one["text"]) in page
@@ -275,9 +325,9 @@ def test_files_and_flags(tmp_path, capsys):
     (tmp_path / "out" / "labels.csv").rename(tmp_path / "labels.csv")
     again = run(tmp_path)  # its own files give the same
     assert again["comparison"] == results["comparison"]
-    plain = run(tmp_path, "--no-bootstrap", "--threshold", 0.3, "--label-columns", "one")
-    assert plain["interval"] is None and list(plain["comparison"]["per_label"]) == ["one"]
-    assert plain["models"]["B"]["per_label"]["one"]["threshold"] == 0.3
+    plain = run(tmp_path, "--no-bootstrap", "--threshold", 0.3, "--label-columns", "Macro")
+    assert plain["interval"] is None and list(plain["comparison"]["per_label"]) == ["Macro"]
+    assert plain["models"]["B"]["per_label"]["Macro"]["threshold"] == 0.3
     assert "low" not in plain["comparison"]["macro"]["auroc"]
     assert {one["verdict"] for one in plain["comparison"]["sentences"]} >= {"no interval"}
     assert (
@@ -360,6 +410,7 @@ def test_matched_cases_of_two_checkpoints():
         b, ids=[b.ids[i] for i in back], targets=b.targets[back][:, ::-1], probs=b.probs[back][:, ::-1],
         class_names=NAMES[::-1], thresholds=np.array([0.1, 0.2, 0.3, 0.4]), failed={b.ids[7]: "torn"},
         groups=[b.groups[i] for i in back], notes=["These are the validation cases by which training chose the model"],
+        seen=True,
     )  # fmt: skip
     b.probs[back.index(7)] = np.nan
     one, other = compare.matched(a, b)
@@ -368,7 +419,10 @@ def test_matched_cases_of_two_checkpoints():
     assert np.isnan(one.probs[7]).all() and np.isnan(other.probs[7]).all()
     assert (one.probs[whole] == a.probs[whole]).all() and (other.probs[whole] == planted(which="B").probs[whole]).all()
     assert one.failed == other.failed == {a.ids[7]: "B: torn"}
-    assert "Only B knows these cases" in one.notes[0] and one.notes[1].startswith("B: These are the validation")
+    assert one.notes[0] == "B knows these cases from its training, which favours it; of the other that is not known"
+    both = [dataclasses.replace(some, files={"checkpoint": {}}) for some in (a, b)]
+    assert "Only B knows these cases" in compare.matched(*both)[0].notes[0]
+    assert one.notes[1].startswith("B: These are the validation")
     for change, message in (
         ({"ids": ["x", "y", *a.ids[2:]]}, r"--compare: B lacks 2 cases: 'valid_0_a_1', 'valid_0_a_2'"),
         ({"targets": 1 - a.targets}, r"other labels of \d\d cases: 'valid_0_a_1', .* \.\.\. \(give both"),
@@ -395,8 +449,16 @@ def test_zones(score, tmp_path, monkeypatch):  # noqa: F811
     other.fail(4)
     real, sets = cases.cases_of_checkpoint, {"m.pth": films, "n.pth": other}
     monkeypatch.setattr(compare, "cases_of_checkpoint", lambda args, ctx: of_set(args, ctx))
+    matched_films, kept = compare.matched_films, []
+
+    def spied(a, b):
+        kept.extend(some.zones[name] for some in (a, b) for name in ("model", "dataset"))
+        return matched_films(a, b)
+
+    monkeypatch.setattr(compare, "matched_films", spied)
 
     def of_set(args, ctx):
+        assert not args.pictures  # which keeps the model
         script, its = sys.modules["planted_csi"], sets[args.test_only.name]
         script.build_eval_dataset = lambda args: its
         out = {"ids": its.ids, "groups": its.groups, "targets": its.targets, "probs": its.probs}
@@ -406,6 +468,7 @@ def test_zones(score, tmp_path, monkeypatch):  # noqa: F811
     words = ["--compare", tmp_path / "m.pth", tmp_path / "n.pth", "--output", tmp_path / "out", "--device", "cpu"]
     assert common.run_main(lambda: evaluate.main([str(w) for w in [*words, "--n-bootstrap", 20]])) == 3
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert kept == [None] * 4  # one model at a time is in memory
     assert results["failed"] == [{"id": "film4", "reason": results["failed"][0]["reason"]}]
     found = results["comparison"]
     order = sorted((i for i in range(60) if i != 4), key=lambda i: films.ids[i])
@@ -465,7 +528,7 @@ def test_subgroups_are_evaluations_of_the_subset(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "write_report", lambda *given, **more: None)
     y, a, b, ids = make(200)
     sex = np.array(["F", "M", ""])[np.arange(200) // 2 % 3]
-    write(tmp_path, y, a, b, ids, sex=sex, age=np.arange(200) % 90 + 0.0)
+    write(tmp_path, y, a, b, ids, sex=sex, age=np.arange(200) % 90)
     results = run_one(tmp_path, "--subgroup", "sex", "age", "--threshold", 0.4)
     assert list(results["per_label"]) == NAMES  # the columns are no labels
     found = results["subgroups"]
@@ -531,6 +594,13 @@ SPLITS = {
     "few numbers": (["2", "10", "1", "", "2.0"], {"1": 1, "2": 2, "10": 1, "unknown": 1}),
     "texts": (["b", "a", "nan", "b", " a "], {"a": 2, "b": 2, "unknown": 1}),
     "bands": ([str(x) for x in range(40)], {"x 0 to 9": 10, "x 10 to 19": 10, "x 20 to 29": 10, "x 30 to 39": 10}),
+    "large": (["1000001", "1000002", "1000003", "1000001"], {"1000001": 2, "1000002": 1, "1000003": 1}),
+    "large bands": ([f"10000{x}" for x in range(20, 36)], {f"x 10000{x} to 10000{x + 3}": 4 for x in (20, 24, 28, 32)}),
+    "written": (["0.50", "1e3", "-2", "1e3"], {"-2": 1, "0.50": 1, "1e3": 2}),
+    "zeros": (["007", "07", "7", "7"], {"007": 1, "07": 1, "7": 2}),
+    "codes": ([f"{x:03}" for x in range(20)], {f"{x:03}": 1 for x in range(20)}),
+    "long": (["12345678901234567", "12345678901234568"], {"12345678901234567": 1, "12345678901234568": 1}),
+    "nothing": (["1", "NA", "n/a", "NaN", "None", "Unknown", "-", "?", "", "'-"], {"1": 1, "unknown": 9}),
     "ties": (["0"] * 30 + [str(x) for x in range(1, 15)], {"0": 30, "x 1 to 3": 3, "x 4 to 14": 11}),
 }  # fmt: skip
 
@@ -541,7 +611,11 @@ def test_values_and_bands(tmp_path, kind):
     ids = [f"c{i}" for i in range(len(texts))]
     pd.DataFrame({"id": ids, "x": texts}).to_csv(tmp_path / "t.csv", index=False)
     found, notes = subgroups.subgroups_of(tmp_path / "t.csv", ["x"], ids)
-    assert {name: its.sum() for name, its in found["x"].items()} == wanted and not notes
+    assert {name: its.sum() for name, its in found["x"].items()} == wanted
+    bands = any(" to " in name for name in wanted)
+    assert [note.split(" (")[0] for note in notes] == bands * [
+        f"{len(set(texts))} different numbers of 'x' were cut into {len(wanted)} bands at their quartiles"
+    ]
     assert sum(its.astype(int) for its in found["x"].values()).tolist() == [1] * len(ids)
 
 
@@ -552,7 +626,9 @@ def test_values_and_bands(tmp_path, kind):
         ({"id": ["valid_0_a_1"], "sex": ["F"]}, ["--subgroup", "sx"], "column 'sx' is missing .did you mean 'sex'"),
         ({"id": ["valid_0_a_1"] * 2, "sex": ["F", "M"]}, ["--subgroup", "sex"], "several values of 'sex'"),
         ({"id": [f"valid_{i // 2}_a_{i % 2 + 1}" for i in range(40)], "sex": [f"t{i}" for i in range(40)]},
-         ["--subgroup", "sex"], "has 40 texts .at most 30"),
+         ["--subgroup", "sex"], "has 40 texts, such as 't0', which is no number .at most 30"),
+        ({"id": [f"valid_{i // 2}_a_{i % 2 + 1}" for i in range(40)], "age": [*range(38), "NA", "80+"]},
+         ["--subgroup", "age"], "has 39 texts, such as '80.', which is no number"),
         ({"id": ["q"]}, [], "--subgroup-table: needs --subgroup"),
     ],
 )  # fmt: skip
@@ -610,7 +686,8 @@ def test_two_checkpoints(world, ct_world, tmp_path, capsys):  # noqa: F811
     alone = world("--test-only", ct_world / "head.pt", "--valid-data", ct_world / "test.csv")
     assert models["B"]["per_label"] == alone["per_label"]
     (tmp_path / "out" / "predictions_a.csv").rename(tmp_path / "a.csv")
-    mixed = ["--compare", tmp_path / "a.csv", ct_world / "head.pt", "--labels", tmp_path / "out" / "labels.csv"]
+    (tmp_path / "out" / "labels.csv").rename(tmp_path / "labels.csv")
+    mixed = ["--compare", tmp_path / "a.csv", ct_world / "head.pt", "--labels", tmp_path / "labels.csv"]
     again = world(*mixed, "--valid-data", ct_world / "test.csv")
     assert again["comparison"]["macro"]["auroc"] == pytest.approx(results["comparison"]["macro"]["auroc"], rel=1e-9)
     seen = world(*pair)  # both know them
@@ -623,11 +700,29 @@ def test_two_checkpoints(world, ct_world, tmp_path, capsys):  # noqa: F811
     assert re.search("--compare: B lacks 40 cases: 'test_0_a_1', .* .give both the same data", capsys.readouterr().err)
 
 
-def test_subgroups_of_a_checkpoint(world, ct_world, capsys):  # noqa: F811
+def test_subgroups_of_a_checkpoint(world, ct_world, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Its own table is read; what that does not hold needs another."""
     results = world("--test-only", ct_world / "model.pt", "--subgroup", "Cardiomegaly")
     values = results["subgroups"]["Cardiomegaly"]
     assert list(values) == ["0", "1"] and sum(row["n"] for row in values.values()) == 120
     assert values["1"]["per_label"]["Cardiomegaly"]["auroc"] is None
-    world("--test-only", ct_world / "model.pt", "--subgroup", "sex", code=2)
-    assert "valid.csv: column 'sex' is missing" in capsys.readouterr().err
+    monkeypatch.delattr(sys.modules["fake_ctclip"], "predict")  # mistakes are found before it
+    pd.DataFrame({"id": ["x"], "age": ["1"]}).to_csv(tmp_path / "t.csv", index=False)
+    for words, message in (
+        (["--subgroup", "sex"], "valid.csv: column 'sex' is missing"),
+        (["--subgroup", "agee", "--subgroup-table", tmp_path / "t.csv"], "did you mean 'age'"),
+        (["--validation", tmp_path / "no.csv", tmp_path / "t.csv"], "no.csv"),
+    ):
+        world("--test-only", ct_world / "model.pt", *words, code=2)
+        assert message in capsys.readouterr().err
+
+
+def test_config_for_two_checkpoints(tmp_path, monkeypatch):
+    """The flags of both scripts, which have many in common."""
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: {"task": path.stem})
+    (tmp_path / "c.yaml").write_text(f"csv: {tmp_path / 'x.csv'}\nlr: 3\nseed: 7\n")
+    for pair in (["siglip", "siglip"], ["siglip", "ctclip"], ["ctclip", "siglip"]):
+        words = ["--compare", *(f"{name}.pt" for name in pair), "--config", str(tmp_path / "c.yaml")]
+        args = evaluate.parse_args([*words, "--n-bootstrap", "30"])
+        assert (args.csv, args.seed, args.n_bootstrap) == (tmp_path / "x.csv", 7, 30)
+        assert [path.stem for path in args.compare] == pair

@@ -138,7 +138,7 @@ def world(tmp_path_factory):
     args |= {"zero_shot": False, "prompts": ["{}", "no {}"], "hu_source": "auto", "lr": 1.0}
     checkpoint = {"task": "ctclip", "args": args, "model": {"w": torch.zeros(1)}, "versions": {}, "thresholds": None}
     common.save_checkpoint(folder / "model.pt", checkpoint)
-    common.save_checkpoint(folder / "head.pt", checkpoint | {"thresholds": [0.25, 0.75]})
+    common.save_checkpoint(folder / "head.pt", checkpoint | {"thresholds": [0.25, 0.75], "class_names": ["a", "b"]})
     return folder
 
 
@@ -171,7 +171,7 @@ def test_zero_shot_and_prompts(score, world):
     assert other["per_label"][NAMES[0]]["threshold"] == 0.25 and other["notes"] == []
     plain = score("head.pt")  # on the cases by which training fitted 0.25
     assert plain["evaluated"] == "head.pt" and plain["per_label"][NAMES[0]]["threshold"] == 0.5
-    assert "fitted on these cases" in plain["thresholds_source"] and "chose the model:" in plain["notes"][0]
+    assert "fitted to these cases" in plain["thresholds_source"] and "chose the model:" in plain["notes"][0]
     prompted = score("head.pt", "--zero-shot")
     assert prompted["evaluated"] == "head.pt, zero-shot" and prompted["per_label"][NAMES[0]]["threshold"] == 0.5
     assert prompted["thresholds_source"] == "0.5 (default); the checkpoint's belong to other probabilities"

@@ -159,7 +159,7 @@ def test_rebuilt_from_files_it_is_the_same_page(page, evaluated, tmp_path):
 def test_wrong_files_are_one_line(evaluated, tmp_path, capsys):
     files = ["--predictions", str(evaluated / "predictions.csv"), "--labels", str(evaluated / "labels.csv")]
     (tmp_path / "r.json").write_text("[]")
-    for name, message in (("r.json", "not a results file"), ("no.json", "No such file")):
+    for name, message in (("r.json", "not a results file"), ("no.json", "no such file")):
         assert common.run_main(lambda n=name: report.main(["--results", str(tmp_path / n), *files])) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said
