@@ -24,8 +24,10 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import tokenize
+import traceback
 import warnings
 import weakref
 import zipfile
@@ -452,8 +454,8 @@ def fold_thresholds(probs, thresholds) -> np.ndarray:
 def fit_temperature(logits, targets) -> float:
     """T that minimises the log-loss of softmax(logits / T), to be fitted on validation data (Guo et al., ICML 2017).
 
-    logits: (n, C); targets: (n,) class of each row. Between 0.01 and 100, the ends standing for "no bound". NaN without
-    a row, or where the rows are of one class: then any temperature that favours it is as good.
+    logits: (n, C); targets: (n,) class of each row. NaN without a row, where the rows are of one class, and where the
+    minimum is not between 0.01 and 100: the scores separate the classes, or rank them the wrong way.
     """
     logits, targets = np.asarray(logits, np.float64), np.asarray(targets, int)
     if len(set(targets.tolist())) < 2:
@@ -462,7 +464,7 @@ def fit_temperature(logits, targets) -> float:
     gaps = gaps[np.lexsort(gaps.T)]  # the same digits in any order of the rows
     loss = lambda log_t: logsumexp(gaps / math.exp(log_t), axis=1).mean()  # noqa: E731
     found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-9})
-    return math.exp(found.x)
+    return math.exp(found.x) if 0.011 < math.exp(found.x) < 99 else math.nan
 
 
 def fit_temperatures(targets, probs) -> np.ndarray:
@@ -482,12 +484,22 @@ def tempered(probs, temperatures) -> np.ndarray:
     return expit(_logits(probs) / np.nan_to_num(temperatures, nan=1.0))
 
 
-def fit_to_validation(targets, probs) -> dict[str, list[float]]:
-    """What a checkpoint keeps of its validation data, for later evaluations: `f1_thresholds` and `fit_temperatures`."""
+def fit_to_validation(ids, targets, probs) -> dict[str, list]:
+    """What a checkpoint keeps of its validation cases, for later evaluations: thresholds, temperatures, who they were.
+
+    ids: n names; targets, probs: (n, K); see `f1_thresholds`, `fit_temperatures`, `case_hashes`.
+    """
     return {
         "thresholds": f1_thresholds(targets, probs).tolist(),
         "temperatures": fit_temperatures(targets, probs).tolist(),
+        "validated_on": case_hashes(ids, targets),
     }
+
+
+def case_hashes(ids, targets) -> list[str]:
+    """A number of each case, made of its id and its labels (n, K): tells later whether a case is one of these."""
+    rows = np.nan_to_num(np.asarray(targets, np.float64), nan=-1).astype(int).tolist()
+    return [hashlib.sha256(f"{name} {row}".encode()).hexdigest()[:16] for name, row in zip(ids, rows, strict=True)]
 
 
 def _logits(probs) -> np.ndarray:
@@ -1028,6 +1040,18 @@ def rest_frozen(model: nn.Module) -> None:
             rest_frozen(module)
 
 
+def copy_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Copies of the buffers that a forward pass may move: batch-norm's statistics, a codebook; for `put_back`."""
+    moving = [b for b in model.buffers() if b.is_floating_point()]
+    return torch._foreach_clone(moving) if moving else []
+
+
+def put_back(model: nn.Module, copies: list[torch.Tensor]) -> None:
+    """Undo what the forward passes of a step have moved; one NaN in a running mean would stay for ever."""
+    for buffer, copy in zip([b for b in model.buffers() if b.is_floating_point()], copies, strict=True):
+        buffer.copy_(copy)
+
+
 def checkpointed(module: nn.Module, *inputs) -> torch.Tensor:
     """module(*inputs), recomputed in the backward pass to save memory; batch-norm statistics move once, not twice.
 
@@ -1137,13 +1161,26 @@ def process_group(device: str = "auto", timeout_minutes: float = 30):
         torch.cuda.set_device(chosen)
     if world > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        how = {"store": _own_store(world, timeout), "rank": rank, "world_size": world} if _is_restart() else {}
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **how)
         cpu_group = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Context(rank, world, chosen, cpu_group)
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def _is_restart() -> bool:
+    """Whether torchrun has restarted this, on one machine. With --max-restarts but without --rdzv-backend it keeps its
+    store, and in that the addresses of the ranks that died: the new ones would wait for them for --timeout-minutes."""
+    environ = os.environ
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and environ.get("GROUP_WORLD_SIZE") == "1"
+
+
+def _own_store(world: int, timeout: timedelta) -> dist.Store:
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, timeout)
+    return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def is_split(model: nn.Module) -> bool:
@@ -1243,14 +1280,18 @@ def check_ranks(model: nn.Module, ctx: Context) -> None:
 
     DDP silently skips the all-reduce of a bucket in which one parameter got no gradient.
     """
-    norms = {n: p.grad.norm().item() if p.grad is not None else -1.0 for n, p in model.named_parameters()}
+
+    def sums(g):  # the norm does not see a sign
+        return ("none",) if g is None else (repr(g.norm().item()), repr(g.sum(dtype=torch.float64).item()))
+
+    found = {n: sums(p.grad) for n, p in model.named_parameters()}
     everyone = [None] * ctx.world
     if ctx.world > 1:
-        dist.all_gather_object(everyone, norms, group=ctx.cpu_group)
-        for name in norms:
-            values = [other[name] for other in everyone]
-            if min(values) != max(values) and not all(map(math.isnan, values)):
-                raise UserError(f"--check-ranks: the gradient of {name} differs between ranks: norms {values}")
+        dist.all_gather_object(everyone, found, group=ctx.cpu_group)
+        for name in found:
+            values = [" ".join(other[name]) for other in everyone]
+            if len(set(values)) > 1:
+                raise UserError(f"--check-ranks: the gradient of {name} differs between ranks: norm and sum {values}")
 
 
 def set_deterministic(on: bool) -> None:
@@ -1297,39 +1338,57 @@ def outlive_signals(worker_id: int = 0) -> None:
 CHECKPOINT_FORMAT = 1
 
 
-def write_atomic(path: Path, content) -> None:
+def write_atomic(path: Path, content, keep: Path | None = None) -> None:
     """Write text, bytes, or whatever `content(file)` writes; a reader finds the old file or the new one, never half.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder. Raises UserError if the disk is full or the
-    folder is not writable; the old file is then intact and the temporary one gone.
+    folder is not writable; the old file is then intact and the temporary one gone. A kill leaves the temporary one,
+    which is locked while it is written: `remove_stale` can tell. keep: a name that the old file stays under.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with temporary.open("wb") as file:
+            with contextlib.suppress(OSError):  # where the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            link_file(path, keep)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a misleading RuntimeError
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "the disk may be full"
-        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
-        raise UserError(
-            f"{path}: could not be written: {reason} ({free:.0f} MiB free; the old file is untouched)"
-        ) from e
+        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save makes of a full disk "unexpected pos"
+        if not isinstance(cause, OSError):
+            raise
+        raise not_written(path, cause, "; the old file is untouched") from e
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
+def not_written(path: Path, e: OSError, state: str = "") -> UserError:
+    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+    reason = e.strerror or f"the disk may be full: {e}"  # NumPy has its own words
+    return UserError(f"{path}: could not be written: {reason} ({free:.0f} MiB free{state})")
+
+
+def remove_stale(folders) -> None:
+    """Delete what `write_atomic` was writing in these folders when it was killed."""
+    for path in [p for folder in folders for p in folder.glob(".*.tmp*") if re.search(r"\.tmp\d+$", p.name)]:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # fails while another program still writes it
+            path.unlink()
+
+
+def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
     """Write a dict of tensors and plain Python values, which `weights_only=True` always loads."""
-    write_atomic(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file))
+    write_atomic(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file), keep)
 
 
 def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
@@ -1342,6 +1401,7 @@ def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
         "class_names": list(args.label_columns),
         "thresholds": None,
         "temperatures": None,
+        "validated_on": None,
         "metrics": {k: float(v) for k, v in metrics.items()},
         "tokenizer": getattr(model, "tokenizer", None),  # of a model that reads reports, as JSON
         "versions": versions(),
@@ -1350,7 +1410,7 @@ def model_checkpoint(task: str, args, model: nn.Module, metrics: dict) -> dict:
 
 CHECKPOINT_PARTS = {"task": str, "args": dict, "model": dict, "ema": dict | None, "class_names": list | None}
 CHECKPOINT_PARTS |= {"thresholds": list | None, "temperatures": list | None, "versions": dict | None}
-CHECKPOINT_PARTS |= {"tokenizer": str | None}
+CHECKPOINT_PARTS |= {"tokenizer": str | None, "validated_on": list | None}
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1365,7 +1425,8 @@ def load_checkpoint(path: Path) -> dict:
         damaged = zip_damage(path)
         if damaged:
             raise UserError(f"{path}: damaged at entry {damaged} (use an older checkpoint)")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(f"{path}: refused, it holds more than data: {unsafe_globals(path)}") from e
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as e:
@@ -1374,14 +1435,56 @@ def load_checkpoint(path: Path) -> dict:
     if not whole or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: not a checkpoint of this toolkit (bare weights are given with --pretrained)")
     wrong = [k for k, kinds in CHECKPOINT_PARTS.items() if not isinstance(checkpoint.setdefault(k), kinds)]
-    wrong += [k for k in ("model", "ema") if not _all_tensors(checkpoint[k])]
+    if not wrong:
+        pairs = [(k, pair) for k in ("model", "ema") for pair in (checkpoint[k] or {}).items()]
+        wrong += [k for k, (name, v) in pairs if not (isinstance(name, str) and isinstance(v, torch.Tensor))]
+        names = checkpoint["class_names"] or []
+        wrong += ["class_names"] * (not all(isinstance(name, str) for name in names))
+        config = checkpoint["args"].get("model_config") or {}
+        wrong += ["args.model_config"] * (not (isinstance(config, dict) and _is_config(config)))
+        given = [(k, checkpoint[k]) for k in ("thresholds", "temperatures") if checkpoint[k] is not None]
+        wrong += [k for k, v in given if len(v) != len(names) or not all(isinstance(x, float | int) for x in v)]
     if wrong:
         raise UserError(f"{path}: its {wrong[0]} is not what this toolkit writes there (use another checkpoint)")
     return checkpoint
 
 
-def _all_tensors(state: dict | None) -> bool:
-    return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in (state or {}).items())
+def _is_config(config, largest: int = 10**6) -> bool:
+    """Sizes of a model as they can be: none so large that a loop over it never ends."""
+    if isinstance(config, dict):
+        return all(_is_config(v, largest) for v in config.values() if isinstance(v, dict | int))
+    return isinstance(config, int) and abs(config) <= largest
+
+
+def saved_args(parser: argparse.ArgumentParser, saved: dict, config: dict | None = None) -> argparse.Namespace:
+    """The arguments of a checkpoint, over its script's defaults. Raises UserError for one that its flag would refuse.
+
+    config: has the keys that `args.model_config` must have.
+    """
+    args, then = parser.parse_args([]), saved["args"]
+    for action in parser._actions:
+        value = then.get(action.dest)
+        words = value if isinstance(value, list) else [value]
+        plain = all(isinstance(word, str if action.type in (None, Path) else str | int | float) for word in words)
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            good = isinstance(value, bool)
+        elif isinstance(value, list) and (action.nargs is None or not value):
+            good = value and all(isinstance(word, str) for word in value)  # what the script has made of a file
+        else:
+            try:
+                for word in words if plain else ():
+                    parser._check_value(action, parser._get_value(action, str(word)))
+                size = action.dest.endswith("_size") or action.dest == "num_slices"
+                good = plain and not (size and min(map(float, words)) < 0)
+            except argparse.ArgumentError:
+                good = False
+        if value is not None and not good:
+            raise UserError(f"its argument {action.dest} is {str(value)[:100]!r} (of another version, or damaged)")
+    lacking = (config or {}).keys() - (then.get("model_config") or {}).keys()
+    if lacking:
+        raise UserError(f"its argument model_config has no '{min(lacking)}' (of another version, or damaged)")
+    vars(args).update(then)
+    return args
 
 
 def zip_damage(path: Path) -> str | None:
@@ -1399,7 +1502,9 @@ def of_checkpoint(path: Path):
     try:
         yield
     except UserError as e:
-        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from e
+        if str(path) in str(e):
+            raise
+        raise UserError(f"{path}: {e}") from e
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
         reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
         raise UserError(f"{path}: its arguments or weights are not those of a model of this version ({reason})") from e
@@ -1418,11 +1523,12 @@ def filled(build, saved: dict) -> nn.Module:
 
     hook = nn.modules.module.register_module_parameter_registration_hook(at_most)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             own = build().state_dict()
     finally:
         hook.remove()
-    other = [k for k in [*own, *state] if k not in own or k not in state or own[k].shape != state[k].shape]
+    fits = lambda a, b: a.shape == b.shape and a.is_complex() == b.is_complex()  # noqa: E731
+    other = [k for k in [*own, *state] if k not in own or k not in state or not fits(own[k], state[k])]
     if other:
         k, none = other[0], "missing"
         shapes = [tuple(some[k].shape) if k in some else none for some in (state, own)]
@@ -1463,15 +1569,17 @@ def save_last(path: Path, checkpoint: dict) -> None:
     """Save the checkpoint a run continues from.
 
     A name with {step} makes one file a save, of which the newest three stay; else the one before stays as `*_previous`.
+    Raises UserError, and writes nothing, if the weights are not finite.
     """
+    broken = next((k for k, v in checkpoint["model"].items() if not v.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{broken} is no longer finite: not saved, the last checkpoint stays (lower --lr)")
     if "{step}" in path.name:
         save_checkpoint(path.with_name(path.name.format(step=checkpoint["state"]["step"])), checkpoint)
         for old in last_files(path)[KEPT:]:
             old.unlink(missing_ok=True)
         return
-    if path.exists():
-        link_file(path, previous_of(path))
-    save_checkpoint(path, checkpoint)
+    save_checkpoint(path, checkpoint, keep=previous_of(path))
 
 
 def last_files(path: Path) -> list[Path]:
@@ -1636,7 +1744,8 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
             with np.load(path, allow_pickle=False) as arrays:
                 state = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of what is refused
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as e:
@@ -1747,7 +1856,7 @@ def load_tokenizer(source: Path) -> Tokenizer:
             tokenizer.no_padding()
             tokenizer.no_truncation()
             return tokenizer
-        words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # U+2028 is a word, not a line's end
+        words = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # U+2028 ends no line
         settings = path.with_name("tokenizer_config.json")
         lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.is_file() else True
     except Exception as e:  # tokenizers raises bare Exception
@@ -1793,18 +1902,18 @@ def read_table(path: Path, separators: str = ",") -> pd.DataFrame:
     """
     need_file(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        first = re.split(r"[\r\n]", text[:100_000], maxsplit=1)[0]
+        data = Path(path).read_bytes()
+        first = re.split(rb"[\r\n]", data[:100_000], maxsplit=1)[0].decode(errors="replace")
         separator = max(separators, key=first.count)
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        rows = [row for row in lines if row]  # blank lines are none
+        lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+        rows = [row for row in csv.reader(lines, delimiter=separator, strict=True) if row]  # blank lines are none
     except (OSError, ValueError, csv.Error) as e:
         hint = " (save it as UTF-8)" if isinstance(e, UnicodeDecodeError) else ""
         raise UserError(f"{path}: not a readable CSV: {e}{hint}") from e
-    if "\0" in text:
+    if b"\0" in data:
         raise UserError(f"{path}: not a readable CSV: it holds NUL characters (save it as UTF-8)")
     if len(rows) < 2:
-        raise UserError(f"{path}: has no rows")
+        raise UserError(f"{path}: " + ("has no rows" if rows else "not a readable CSV: it is empty"))
     names = rows[0]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice:
@@ -2033,7 +2142,7 @@ def volume_sources(table: pd.DataFrame, csv: Path, metadata: Path | None = None,
         if not text or max(map(len, text.encode().split(b"/"))) > 255:
             raise UserError(f"{csv}: row {number}: img_path is " + ("too long for a file" if text else "empty"))
         path = (root or Path(csv).parent) / text
-        if root and not path.resolve().is_relative_to(root.resolve()):
+        if root and not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
             raise UserError(f"{csv}: row {number}: {text} leads out of --data-root {root}")
         try:
             options = volume_options(row)
@@ -2664,11 +2773,13 @@ def _rows_of(files: list[Path], columns, found: dict[str, Path], is_labels: bool
 
 def lock_folder(folder: Path):
     """Keep other runs out of a folder until the returned file is closed, or the process ends; else UserError."""
-    lock = (folder / ".lock").open("a")
     try:
+        lock = (folder / ".lock").open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
+    except OSError as e:
+        raise not_written(folder / ".lock", e) from e
     held = weakref.ref(lock)  # by whoever called, not by the line below
     os.register_at_fork(after_in_child=lambda: held() and held().close())  # data workers outlive a kill -9 for seconds
     return lock
@@ -2678,12 +2789,12 @@ class RunLog:
     """Text, JSON lines, TensorBoard and wandb of a run, on rank 0; silent on the others, so calls need no `if`.
 
     The JSON-lines file gets one record an evaluation and nothing that depends on the clock: after a resume, records
-    later than `step` are cut, and the file of a killed run ends equal to that of an uninterrupted one.
+    later than `step` are cut (`begin`), and the file of a killed run ends equal to that of an uninterrupted one.
     """
 
     def __init__(self, folder: Path, ctx: Context, text_name: str, jsonl_name: str, step: int = 0):
-        self.master, self.writers, self.closers = ctx.master, [], []
-        self.jsonl = folder / jsonl_name
+        self.master, self.writers, self.closers, self.step = ctx.master, [], [], step
+        self.jsonl, self.folders = folder / jsonl_name, {folder, (folder / text_name).parent}
         self.logger = logging.getLogger(str(folder))
         self.logger.handlers.clear()
         self.logger.propagate = False
@@ -2691,14 +2802,31 @@ class RunLog:
         if not ctx.master:
             return
         self.lock = lock_folder(folder)
-        (folder / text_name).parent.mkdir(parents=True, exist_ok=True)
-        if self.jsonl.exists():
-            lines = self.jsonl.read_text().splitlines(keepends=True)
-            write_atomic(self.jsonl, "".join(line for line in lines if _step_of(line) <= step))
+        make_folder((folder / text_name).parent)
         formatter = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
-        for handler in (logging.FileHandler(folder / text_name), _TqdmHandler()):
+        try:
+            handlers = [logging.FileHandler(folder / text_name), _TqdmHandler()]
+        except OSError as e:
+            raise not_written(folder / text_name, e) from e
+        for handler in handlers:
             handler.setFormatter(formatter)
+            handler.handleError = lambda record: None  # of a full disk, which the next save tells of
             self.logger.addHandler(handler)
+
+    def begin(self, last: Path) -> None:
+        """Once a mistake of the user can no longer cost an earlier run: cut its records after `step`, clear what a
+        killed one left half written beside its results and its checkpoint `last`, and see that these can be written."""
+        if self.master:
+            folders = {*self.folders, self.jsonl.parent, last.parent}
+            remove_stale(folders)
+            for folder in folders:
+                try:
+                    tempfile.TemporaryFile(dir=folder).close()
+                except OSError as e:
+                    raise not_written(folder, e) from e
+            if self.jsonl.exists():
+                lines = self.jsonl.read_text().splitlines(keepends=True)
+                write_atomic(self.jsonl, "".join(line for line in lines if _step_of(line) <= self.step))
 
     def info(self, message: str) -> None:
         self.logger.info(message)
@@ -2709,10 +2837,13 @@ class RunLog:
     def results(self, record: dict) -> None:
         """Append one JSON line; NaN becomes null. `record` holds `step` and plain numbers."""
         if self.master:
-            with self.jsonl.open("a") as file:
-                file.write(json.dumps(json_safe(record)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self.jsonl.open("a") as file:
+                    file.write(json.dumps(json_safe(record)) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as e:
+                raise not_written(self.jsonl, e) from e
 
     def add_tensorboard(self, folder: Path, args, purge_step: int = 0) -> None:
         """Events of the run, and hparams.yaml, its arguments, beside them."""
@@ -2922,12 +3053,13 @@ def _read_config(path: Path) -> list[tuple[str, object]]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a map of keys and values was expected")
     found, maps = [], [tree]
-    while maps:
-        for key, value in maps.pop(0).items():
-            found, maps = (
-                ([*found, (str(key), value)], maps) if not isinstance(value, dict) else (found, [*maps, value])
-            )
-            if len(found) + len(maps) > 1000:  # aliases can make a small file of many
+    for node in maps:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                maps.append(value)
+            else:
+                found.append((str(key), value))
+            if len(found) + len(maps) > 1000:  # aliases make endless ones of a small file
                 raise UserError(f"{path}: more than 1000 keys")
     return found
 
@@ -3025,8 +3157,41 @@ def plain_args(args: argparse.Namespace) -> dict:
     return {k: plain(v) for k, v in vars(args).items()}
 
 
+def known_trouble(e: Exception) -> str | None:
+    """One line for what a traceback explains badly, and what to do: memory that ran out, a data worker or a rank that
+    died or is silent. None for anything else."""
+    text, frames = str(e).strip(), [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    found = [frame.f_locals.get("args") for frame in frames]
+    args = next((vars(a) for a in found if isinstance(a, argparse.Namespace)), {})  # names what the script can change
+    first = text.partition("\n")[0][:300] or type(e).__name__
+    worker, full = "DataLoader worker" in first, re.search("out of memory|can't allocate memory", first)
+    if worker and "MemoryError in" in first:
+        return f"{first} {text.splitlines()[-1]} (lower --num-workers)"
+    if worker:
+        return (f"{first} If nobody killed it, memory ran out, or the shared memory that workers hand batches over in "
+                "(lower --num-workers; 0: no workers)")  # fmt: skip
+    if "DataLoader timed out" in first:
+        return f"{first}: a data worker hangs, at a slow disk perhaps (--timeout-minutes, or --num-workers 0)"
+    if full or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        size, what = args.get("batch_size") or 1, "GPU memory" if "CUDA" in text else "memory"
+        ways = [f"--batch-size {size // 2}"] if size > 1 else []
+        if ways and "accum_steps" in args:
+            ways = [f"--batch-size {size // 2} --accum-steps {2 * args['accum_steps']}, the same effective batch"]
+        if "eval_batch_size" in args and any(frame.f_code.co_name == "evaluate" for frame in frames):
+            ways = [f"--eval-batch-size {max(1, (args['eval_batch_size'] or size) // 2)}"]
+        elif not args.get("grad_checkpointing", True):
+            ways.append("--grad-checkpointing")
+        ways += ["a lower --num-workers"] if args.get("num_workers") and what == "memory" else []
+        return f"out of {what}: {first} ({'; or '.join(ways) or 'a machine with more of it'})"
+    if isinstance(e, dist.DistError) or "gloo" in text or "NCCL" in text:
+        return (f"rank {os.environ.get('RANK', 0)}: another rank ended, see its own message, or was silent for "
+                f"--timeout-minutes: {first} (--resume auto continues)")  # fmt: skip
+    return None
+
+
 def run_main(main) -> int:
-    """Run `main()` and return its exit code: 0 done, 2 user's mistake (one line on stderr), 3 and 143 as it returns."""
+    """Run `main()` and return its exit code: 0 done, 1 internal error, 2 user's mistake (one line on stderr), 3 and 143
+    as it returns."""
     warnings.filterwarnings(
         "ignore", "This DataLoader will create"
     )  # more workers than cores: said at every evaluation
@@ -3035,12 +3200,11 @@ def run_main(main) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
-    except torch.OutOfMemoryError as e:
-        print(
-            f"error: out of GPU memory ({str(e).splitlines()[0]}) "
-            "(halve --batch-size and double --accum-steps: the effective batch stays; or --grad-checkpointing)",
-            file=sys.stderr,
-        )
+    except Exception as e:
+        line = known_trouble(e)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         code = 1
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
     for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold

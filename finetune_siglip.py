@@ -19,6 +19,7 @@ Writes   training.log, results.jsonl, last.pth, checkpoint_epoch_*.pth (top k), 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -197,8 +198,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def args_from_checkpoint(saved: dict, **overrides) -> argparse.Namespace:
     """The arguments a checkpoint was trained with, except for `overrides` that are not None."""
-    args = build_parser().parse_args([])
-    vars(args).update(saved["args"])
+    args = common.saved_args(build_parser(), saved)
     vars(args).update({k: v for k, v in overrides.items() if v is not None})
     for name in ("csv", "data_root", "metadata", "output_dir"):
         setattr(args, name, Path(getattr(args, name)) if getattr(args, name) else None)
@@ -310,7 +310,7 @@ def build_datasets(args):
     shared = set(train_set.groups) & set(val_set.groups)
     if shared:
         raise UserError(f"{args.csv}: patient {sorted(shared)[0]} is in train and in val ({len(shared)} patients are)")
-    missing = [p for d in (train_set, val_set) for p in d.paths if not p.exists()]
+    missing = [p for d in (train_set, val_set) for p in d.paths if not os.path.exists(p)]
     if missing and args.on_bad_sample == "fail":
         raise UserError(f"{missing[0]}: no such volume ({len(missing)} of the CSV's are missing)")
     return train_set, val_set
@@ -699,8 +699,14 @@ def config_of(family: str, state: dict, source: str) -> dict:
     heads = {96: 4, 1152: 16, 1536: 16}.get(width, max(1, width // 64))
     config_file = Path(source) / "config.json" if Path(source).is_dir() else Path(source).parent / "config.json"
     if config_file.is_file():
-        config = json.loads(config_file.read_text())
-        heads = config.get("vision_config", config).get("num_attention_heads", heads)
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            heads = config.get("vision_config", config).get("num_attention_heads", heads)
+            fits = width % heads == 0
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
+            fits = False
+        if not fits:
+            raise UserError(f"{config_file}: not the config of these weights of width {width} (num_attention_heads)")
     image = 384 if (grid, patch) == (27, 14) else grid * patch  # so400m: 378 of the 384 pixels are used
     return {"family": family, **dict(zip(VIT, (width, layers, heads, mlp, patch, image), strict=True))}
 
@@ -965,7 +971,7 @@ def tune_thresholds(model, dataset, ctx) -> dict[str, list[float]]:
     model.eval()
     out = predict(model, dataset, ctx, "thresholds")
     read = ~out["logits"].isnan().any(1).numpy()
-    return common.fit_to_validation(dataset.targets[read], out["probs"][read])
+    return common.fit_to_validation(np.array(dataset.ids)[read], dataset.targets[read], out["probs"][read])
 
 
 # ==== Train ====================================================================================================
@@ -1009,6 +1015,7 @@ def train(args, ctx):
     else:
         common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
+    log.begin(args.output_dir / LAST)
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
@@ -1048,6 +1055,7 @@ def train(args, ctx):
 
         # -------- single training step --------
         net.train()
+        statistics = common.copy_statistics(model)
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum_steps)]
         waiting = time.perf_counter() - waiting
@@ -1056,12 +1064,15 @@ def train(args, ctx):
         if args.check_ranks:
             common.check_ranks(model, ctx)
         grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
-        good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
+        # waits for the device; a disabled scaler would step on NaN
+        good = bool(grad_norm.isfinite()) and bool(logs["loss"].isfinite())
         if good:
             scaler.step(optimizer)
             state["updates"] += 1
             if ema:
                 ema.update(model, state["updates"])
+        else:
+            common.put_back(model, statistics)
         searching = scaler.is_enabled() and scaler.get_scale() > 1 and bool(logs["loss"].isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1113,7 +1124,8 @@ def train(args, ctx):
             log.scalars(step, {f"val/{k}": v for k, v in metrics.items()} | {"train/epoch_loss": train_loss})
             shown = " - ".join(f"{k}: {v:.4f}" for k, v in record.items() if k in ("train_loss", "val_loss", *SHOWN))
             log.info(f"Epoch {epoch_done} - {shown}" + (" - best" if improved else ""))
-        if evaluating or stopping or step % args.save_every == 0:  # rank 0 writes
+        # not while steps fail: the weights may have burst, and the checkpoints of before are few
+        if evaluating or stopping or (good and step % args.save_every == 0):  # rank 0 writes
             save()
             progress.skip()
         if stopping:

@@ -833,6 +833,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 143
+    except OSError as e:  # a full disk, say
+        raise UserError(f"{e.filename or args.out}: {e.strerror or e} (the same command continues)") from e
 
 
 if __name__ == "__main__":

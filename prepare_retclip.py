@@ -239,7 +239,7 @@ def find_pictures(split: dict, args) -> int:
         paths = [folder / cell if cell else None for cell in cells]
         given = list(filter(None, paths))
         for path in given:
-            if not path.resolve().is_relative_to(base):
+            if not Path(os.path.realpath(path)).is_relative_to(base):
                 raise UserError(f"{where}: {path} leads out of {folder} (--image-dir)")
         if args.monocular and len(set(given)) > 1:
             raise UserError(f"{where}: a left and a right picture, but --monocular (one picture a row)")
@@ -266,6 +266,8 @@ def files_by_stem(folder: Path) -> dict[str, list[str]]:
 
 def picture_problem(picture: Path | bytes) -> str:
     """Why a file is no picture to train on, judged by its header and its end; '' if nothing is wrong."""
+    if isinstance(picture, Path) and os.path.exists(picture) and not os.path.isfile(picture):
+        return "not a regular file"
     try:
         file = picture.open("rb") if isinstance(picture, Path) else io.BytesIO(picture)
         with warnings.catch_warnings(), file:

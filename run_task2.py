@@ -244,8 +244,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def args_from_checkpoint(saved: dict, **overrides) -> argparse.Namespace:
     """The arguments a checkpoint was trained with, except for `overrides` that are not None."""
-    args = build_parser().parse_args([])
-    vars(args).update(saved["args"])
+    args = common.saved_args(build_parser(), saved)
     vars(args).update({k: v for k, v in overrides.items() if v is not None})
     if "mil" in (args.aggregate, saved["args"]["aggregate"]) and args.aggregate != saved["args"]["aggregate"]:
         raise UserError(f"--aggregate {args.aggregate}: the checkpoint was trained with {saved['args']['aggregate']}")
@@ -311,7 +310,7 @@ class CTSlices(Dataset):
             return
         root = self.args.slice_dir
         folders = {f.rpartition("/")[0] for f in self.files}
-        outside = [f for f in folders if not (root / f).resolve().is_relative_to(root.resolve())]
+        outside = [f for f in folders if not Path(os.path.realpath(root / f)).is_relative_to(root.resolve())]
         if outside:
             raise UserError(f"{path}: file_path leads out of {root}: {outside[0]}")
         there = {f"{f}/{name}" if f else name for f in folders if (root / f).is_dir() for name in os.listdir(root / f)}
@@ -1232,7 +1231,7 @@ def tune_thresholds(model, dataset, ctx) -> dict[str, list[float]]:
     of_slices = dataset.volume_targets[dataset.volume_of][slices], sigmoid(out["rows"][slices, :n_labels])
     of_volumes = dataset.volume_targets[volumes], out["probs"][volumes]
     return {
-        **common.fit_to_validation(*of_volumes),
+        **common.fit_to_validation(np.array(dataset.volumes)[volumes], *of_volumes),
         "slice_thresholds": common.f1_thresholds(*of_slices).tolist(),
         "crg_thresholds": common.crg_thresholds(*of_volumes).tolist(),
     }
@@ -1279,6 +1278,7 @@ def train(args, ctx):
     else:
         common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
+    log.begin(args.output_dir / LAST)
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
@@ -1318,6 +1318,7 @@ def train(args, ctx):
 
         # -------- single training step --------
         net.train()
+        statistics = common.copy_statistics(model)
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum_steps)]
         waiting = time.perf_counter() - waiting
@@ -1326,12 +1327,15 @@ def train(args, ctx):
         if args.check_ranks:
             common.check_ranks(model, ctx)
         grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
-        good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
+        # waits for the device; a disabled scaler would step on NaN
+        good = bool(grad_norm.isfinite()) and bool(logs["loss"].isfinite())
         if good:
             scaler.step(optimizer)
             state["updates"] += 1
             if ema:
                 ema.update(model, state["updates"])
+        else:
+            common.put_back(model, statistics)
         searching = scaler.is_enabled() and scaler.get_scale() > 1 and bool(logs["loss"].isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1383,7 +1387,8 @@ def train(args, ctx):
             log.scalars(step, {f"val/{k}": v for k, v in metrics.items()} | {"train/epoch_loss": train_loss})
             shown = " - ".join(f"{k}: {v:.4f}" for k, v in record.items() if k in ("train_loss", "val_loss", *SHOWN))
             log.info(f"Epoch {epoch_done} - {shown}" + (" - best" if improved else ""))
-        if evaluating or stopping or step % args.save_every == 0:  # rank 0 writes
+        # not while steps fail: the weights may have burst, and the checkpoints of before are few
+        if evaluating or stopping or (good and step % args.save_every == 0):  # rank 0 writes
             save()
             progress.skip()
         if stopping:

@@ -319,8 +319,7 @@ def args_from_checkpoint(saved: dict, **overrides) -> Config:
 
     Of another CSV than in training all films are taken, if no split is named.
     """
-    args = Config(**vars(build_parser().parse_args([])))
-    vars(args).update(saved["args"])
+    args = Config(**vars(common.saved_args(build_parser(), saved)))
     given = {k: v for k, v in overrides.items() if v is not None}
     if Path(given.get("csv", args.csv)).resolve() != Path(args.csv).resolve():
         vars(args).update({"split": "all", "split_file": None})
@@ -618,6 +617,8 @@ def read_dicom(path: Path) -> np.ndarray:
         from pydicom.pixels import apply_modality_lut
     except ImportError as e:
         raise UserError(f"{path}: DICOM needs pydicom (pip install pydicom)") from e
+    if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":
+        raise UserError(f"{path}: deflated DICOM is not read, it may inflate to any size (dcmconv +te makes it plain)")
     data = pydicom.dcmread(path)
     kind = data.get("PhotometricInterpretation")
     grey = "PixelData" in data and kind in ("MONOCHROME1", "MONOCHROME2") and data.get("SamplesPerPixel", 1) == 1
@@ -1693,6 +1694,7 @@ def train(args, ctx):
     else:
         common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
+    log.begin(args.output_dir / LAST)
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
@@ -1733,6 +1735,7 @@ def train(args, ctx):
 
         # -------- single training step --------
         net.train()
+        statistics = common.copy_statistics(model)
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum_steps)]
         waiting = time.perf_counter() - waiting
@@ -1741,12 +1744,15 @@ def train(args, ctx):
         if args.check_ranks:
             common.check_ranks(model, ctx)
         grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
-        good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
+        # waits for the device; a disabled scaler would step on NaN
+        good = bool(grad_norm.isfinite()) and bool(logs["loss"].isfinite())
         if good:
             scaler.step(optimizer)
             state["updates"] += 1
             if ema:
                 ema.update(model, state["updates"])
+        else:
+            common.put_back(model, statistics)
         searching = scaler.is_enabled() and scaler.get_scale() > 1 and bool(logs["loss"].isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1800,7 +1806,8 @@ def train(args, ctx):
             log.scalars(step, {f"val/{k}": v for k, v in metrics.items()} | {"train/epoch_loss": train_loss})
             shown = " - ".join(f"{k}: {v:.4f}" for k, v in record.items() if k in ("train_loss", "val_loss", *SHOWN))
             log.info(f"Epoch {epoch_done} - {shown}" + (" - best" if improved else ""))
-        if evaluating or stopping or step % args.save_every == 0:  # rank 0 writes
+        # not while steps fail: the weights may have burst, and the checkpoints of before are few
+        if evaluating or stopping or (good and step % args.save_every == 0):  # rank 0 writes
             save()
             progress.skip()
         if stopping:

@@ -23,6 +23,7 @@ Writes   saves/checkpoint_step_*.pt (the last three), best_step_*.pt (top k), be
 import argparse
 import hashlib
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -234,8 +235,8 @@ def prompt_pairs(args) -> list[tuple[str, str]]:
 
 def args_from_checkpoint(saved: dict, **overrides) -> argparse.Namespace:
     """The arguments a checkpoint was trained with, except for `overrides` that are not None."""
-    args = build_parser().parse_args([])
-    vars(args).update(saved["args"], tokenizer=saved["tokenizer"])
+    args = common.saved_args(build_parser(), saved, PRESETS["tiny"])
+    args.tokenizer = saved["tokenizer"]
     vars(args).update({k: v for k, v in overrides.items() if v is not None})
     for name in ("train_data", "valid_data", "output_dir"):
         setattr(args, name, Path(getattr(args, name)) if getattr(args, name) else None)
@@ -380,7 +381,7 @@ def build_datasets(args):
     shared = set(train_set.groups) & set(val_set.groups)
     if shared:
         raise UserError(f"{val_set.file}: patient {sorted(shared)[0]} is in the training data too ({len(shared)} are)")
-    missing = [p for d in (train_set, val_set) for p in d.paths if not Path(p).exists()]
+    missing = [p for d in (train_set, val_set) for p in d.paths if not os.path.exists(p)]
     if missing and args.on_bad_sample == "fail":
         raise UserError(f"{missing[0]}: no such volume ({len(missing)} of the tables' are missing)")
     both = (val_set.targets == 0).any(0) & (val_set.targets == 1).any(0)
@@ -786,7 +787,8 @@ def settled_config(args) -> dict:
 def build_model(args, say=print) -> CTCLIP:
     state, fresh, args.model_config = None, args.model_config is None, settled_config(args)
     if fresh and args.pretrained != "none":
-        state = clip_weights(common.load_weights(args.pretrained), args.pretrained)
+        with common.of_checkpoint(args.pretrained):
+            state = clip_weights(common.load_weights(args.pretrained), args.pretrained)
         head = state.get("classifier.weight")
         if head is not None and len(head) == len(CT_RATE_LABELS) and args.label_columns == CT_RATE_LABELS:
             args.model_config["num_labels"] = len(head)
@@ -1163,6 +1165,7 @@ def train(args, ctx):
     else:
         common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
+    log.begin(args.output_dir / LAST)
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
@@ -1202,6 +1205,7 @@ def train(args, ctx):
 
         # -------- single training step --------
         net.train()
+        statistics = common.copy_statistics(model)
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum_steps)]
         waiting = time.perf_counter() - waiting
@@ -1210,12 +1214,15 @@ def train(args, ctx):
         if args.check_ranks:
             common.check_ranks(model, ctx)
         grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
-        good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
+        # waits for the device; a disabled scaler would step on NaN
+        good = bool(grad_norm.isfinite()) and bool(logs["loss"].isfinite())
         if good:
             scaler.step(optimizer)
             state["updates"] += 1
             if ema:
                 ema.update(model, state["updates"])
+        else:
+            common.put_back(model, statistics)
         searching = scaler.is_enabled() and scaler.get_scale() > 1 and bool(logs["loss"].isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1268,7 +1275,8 @@ def train(args, ctx):
             log.scalars(step, {f"val/{k}": v for k, v in metrics.items()} | {"train/epoch_loss": train_loss})
             shown = " - ".join(f"{k}: {v:.4f}" for k, v in record.items() if k in ("train_loss", "val_loss", *SHOWN))
             log.info(f"Epoch {epoch_done} - {shown}" + (" - best" if improved else ""))
-        if evaluating or stopping or step % args.save_every == 0:  # rank 0 writes
+        # not while steps fail: the weights may have burst, and the checkpoints of before are few
+        if evaluating or stopping or (good and step % args.save_every == 0):  # rank 0 writes
             save()
             progress.skip()
         if stopping:
@@ -1292,7 +1300,7 @@ def finish(args, ctx, model, val_set, best, log) -> int:
     metrics = metrics_of(out, val_set)
     checkpoint["metrics"] = {k: float(v) for k, v in metrics.items()}
     read = np.isfinite(out["probs"]).all(1)
-    checkpoint |= common.fit_to_validation(val_set.targets[read], out["probs"][read])
+    checkpoint |= common.fit_to_validation(np.array(out["ids"])[read], val_set.targets[read], out["probs"][read])
     if ctx.master:
         save_checkpoint(args.output_dir / BEST, checkpoint)
         if args.export:

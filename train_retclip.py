@@ -33,6 +33,7 @@ import re
 import struct
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -254,8 +255,8 @@ def read_templates(given) -> list[str]:
 
 def args_from_checkpoint(saved: dict, **overrides) -> argparse.Namespace:
     """The arguments a checkpoint was trained with, except for `overrides` that are not None."""
-    args = build_parser().parse_args([])
-    vars(args).update(saved["args"], tokenizer=saved["tokenizer"])
+    args = common.saved_args(build_parser(), saved)
+    args.tokenizer = saved["tokenizer"]
     vars(args).update({k: v for k, v in overrides.items() if v is not None})
     args.templates = read_templates(args.templates)
     for name in ("train_data", "valid_data", "output_dir"):
@@ -308,8 +309,11 @@ class LMDBImages:
 
     def names(self) -> set[str]:
         """Ids of all images; read without their values."""
-        with open_lmdb(self.path).begin(buffers=True) as txn:
-            found = {bytes(key).decode(errors="replace") for key in txn.cursor().iternext(values=False)}
+        try:
+            with open_lmdb(self.path).begin(buffers=True) as txn:
+                found = {bytes(key).decode(errors="replace") for key in txn.cursor().iternext(values=False)}
+        except lmdb.Error as e:
+            raise UserError(f"{self.path}: not a whole LMDB ({e}; copy or build it again)") from e
         return found - {"num_images"}
 
 
@@ -348,12 +352,38 @@ class TSVImages:
         return {**vars(self), "file": None, "pid": None}
 
 
+CHECKED = set()  # LMDB folders whose pages were checked, by this process or the one that it was forked from
 OPEN = {}  # path -> (process, environment): LMDB wants one a process, and none that has passed a fork
 
 
+def check_pages(file, size: int, root: int, last: int) -> None:
+    """Raise ValueError if a page of LMDB (format 1) points out of the file: the library would follow, and crash."""
+    waiting, seen = [root] if root < 2**64 - 1 else [], 0
+    while waiting:
+        number, seen = waiting.pop(), seen + 1
+        if number > last or seen > last:
+            raise ValueError(f"page {number} of {last}")
+        page = os.pread(file.fileno(), size, number * size)
+        flags, lower = struct.unpack_from("<HH", page, 10)
+        for at in struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16):
+            low, high, kind, end = struct.unpack_from("<4H", page, at)
+            if flags & 1:  # a branch: the node is a page's number and a key
+                waiting.append(low | high << 16 | kind << 32)
+                length = 0
+            else:
+                length = low | high << 16
+                if kind & 1:  # the value has pages of its own
+                    first = struct.unpack_from("<Q", page, at + 8 + end)[0]
+                    inside, length = first * size + 16 + length <= (last + 1) * size, 8
+                    kind = 0 if inside else 2
+            if at + 8 + end + length > size or (kind > 1 and not flags & 1):
+                raise ValueError(f"page {number} points out of the file")
+
+
 def open_lmdb(folder: Path):
-    """A read-only environment. A cut file, which would end the process (SIGBUS), is refused by its header."""
+    """A read-only environment. A cut or damaged file, which would end the process (SIGBUS), is refused before."""
     path, key = folder / "data.mdb", folder.resolve()
+    common.need_file(path, "file (an LMDB folder has imgs/ and pairs/)")
     process, env = OPEN.get(key, (0, None))
     if process == os.getpid():
         return env
@@ -361,16 +391,18 @@ def open_lmdb(folder: Path):
         with path.open("rb") as file:
             head = file.read(2 * 65536)
         size = struct.unpack_from("<I", head.ljust(44), 40)[0] % 65537  # bytes of a page
-        metas = [struct.unpack_from("<16xI116xQQ", head.ljust(2 * 65536 + 152), page) for page in (0, size)]
-        last = max(metas, key=lambda meta: meta[2])[1]  # of magic, last page, transaction
+        metas = [struct.unpack_from("<16xI108xQQQ", head.ljust(2 * 65536 + 152), page) for page in (0, size)]
+        root, last = max(metas, key=lambda meta: meta[3])[1:3]  # of magic, root page, last page, transaction
         if {meta[0] for meta in metas} != {0xBEEFC0DE} or path.stat().st_size < (last + 1) * size:
             raise UserError(f"{path}: not a whole LMDB file (copy or build it again)")
+        if key not in CHECKED:
+            with path.open("rb") as file:
+                check_pages(file, size, root, last)
+            CHECKED.add(key)
         if env:
             env.close()
         env = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file (an LMDB folder has imgs/ and pairs/)") from e
-    except (OSError, struct.error, lmdb.Error) as e:
+    except (OSError, ValueError, struct.error, lmdb.Error) as e:
         raise UserError(f"{path}: not a readable LMDB ({e})") from e
     OPEN[key] = os.getpid(), env
     return env
@@ -388,7 +420,7 @@ def lmdb_pairs(folder: Path) -> list[tuple]:
     """[(image id, text id, report)] of pairs/, in the order of their numbers."""
     path, found = folder / "pairs", []
     count = (lmdb_value(path, "num_samples") or b"").decode(errors="replace")
-    if not re.fullmatch(r"\d{1,12}", count):
+    if not re.fullmatch("[0-9]{1,12}", count):
         raise UserError(f"{path}: has no num_samples (an unfinished LMDB? build it again)")
     for i in range(int(count)):
         value = lmdb_value(path, i)
@@ -401,6 +433,7 @@ def lmdb_pairs(folder: Path) -> list[tuple]:
 def jsonl_pairs(path: Path) -> list[tuple]:
     """[(image id, text id, report)] of {split}_texts.jsonl, one for each id of a line."""
     found, number = [], 0
+    common.need_file(path)
     try:
         for line in path.read_bytes().split(b"\n"):  # U+2028 ends no line here
             number += 1
@@ -416,7 +449,7 @@ def jsonl_pairs(path: Path) -> list[tuple]:
                 found += [(i, row["text_id"], row["text"]) for i in row["image_ids"]]
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: line {number}: not a text with text_id, text and image_ids ({e})") from e
     return found
 
@@ -447,6 +480,9 @@ class FundusPairs(Dataset):
         rows = jsonl_pairs(self.file) if self.file.suffix == ".jsonl" else lmdb_pairs(source)
         if not rows:
             raise UserError(f"{source}: holds no pair of an image and a report")
+        broken = [number for _, number, text in rows if not text.isascii() and re.search("[\ud800-\udfff]", text)]
+        if broken:
+            raise UserError(f"{self.file}: text {broken[0]} has half a character (a surrogate; write it as UTF-8)")
         image_row = {name: i for i, name in enumerate(dict.fromkeys(image for image, _, _ in rows))}
         text_row = {key: i for i, key in enumerate(dict.fromkeys((number, text) for _, number, text in rows))}
         self.image_ids, self.text_ids = list(image_row), [number for number, _ in text_row]
@@ -471,7 +507,7 @@ class FundusPairs(Dataset):
         if missing:
             first = ", ".join(map(str, missing[:3]))
             raise UserError(f"{self.source}: {len(missing)} images of the reports are missing, first {first}")
-        self.eyes = len(self.images.get(self.image_ids[0]))
+        self.eyes = len(self.images.get(self.image_ids[0]) or ())
         if self.args.monocular is None:
             self.args.monocular = self.eyes == 1
         if self.args.monocular and self.eyes == 2:
@@ -480,9 +516,12 @@ class FundusPairs(Dataset):
     def read_labels(self) -> None:
         """Classes and patients of labels.csv, if there is one."""
         names, table, self.has_patients = [str(name) for name in self.image_ids], {}, False
-        if self.labels_file.is_file():
+        if self.labels_file.exists():
             rows = common.read_table(self.labels_file)
             common.need_columns(rows, ["image_id"], self.labels_file)
+            twice = rows["image_id"][rows["image_id"].duplicated()]
+            if len(twice):
+                raise UserError(f"{self.labels_file}: row {twice.index[0] + 2}: {twice.iloc[0]} comes twice")
             table = {row["image_id"]: row for row in rows.to_dict("records")}
             self.has_patients = "patient_id" in rows
             if not table.keys() & set(names):
@@ -531,7 +570,7 @@ class FundusPairs(Dataset):
         """Left and right photograph (None: missing), or the one, of an item, undecoded."""
         row = self.pairs[index, 0] if self.train else index
         name = self.image_ids[row]
-        files = self.images.get(name)
+        files = self.images.get(name) or ()
         if len(files) != self.eyes or not any(files):
             raise UserError(
                 f"{self.source}: image {name}: has {sum(map(bool, files))} photographs, the first {self.eyes}"
@@ -647,7 +686,8 @@ def same_texts(ids: list[list[int]], share: float, chunk: int = 512) -> np.ndarr
 def open_photograph(data: bytes, where: str) -> Image.Image:
     """An image file, its header read and its size checked."""
     try:
-        photograph = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings(action="ignore"):  # of its size, which is judged below
+            photograph = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as e:  # Pillow raises nearly anything on a crafted file
         raise UserError(f"{where}: not a readable image ({type(e).__name__})") from e
     if photograph.width * photograph.height > MAX_PIXELS:
@@ -1112,14 +1152,18 @@ def build_model(args, say=print) -> RETCLIP:
         sources = {"": args.pretrained, "visual.": args.vision_pretrained, "bert.": args.text_pretrained}
         for tower, source in sources.items():
             if source and source != "none":
-                found[tower] = retclip_weights(common.load_weights(source), source, say)
+                with common.of_checkpoint(source):
+                    found[tower] = retclip_weights(common.load_weights(source), source, say)
                 if tower and not any(k.startswith(tower) for k in found[tower]):
                     what = "an image encoder of CLIP" if tower == "visual." else "a BERT"
                     raise UserError(
                         f"{source}: holds no tensor of {what} (first key {next(iter(found[tower]), 'none')})"
                     )
     words = "bert.embeddings.word_embeddings.weight"
-    args.model_config = settled_config(args, found.get("bert.", {}).get(words, found.get("", {}).get(words)))
+    words = found.get("bert.", {}).get(words, found.get("", {}).get(words))
+    if words is not None and words.ndim != 2:
+        raise UserError(f"{sources['bert.'] or sources['']}: its word embeddings have the shape {tuple(words.shape)}")
+    args.model_config = settled_config(args, words)
     model = RETCLIP(args.model_config)
     model.monocular, model.max_logit_scale = args.monocular, args.max_logit_scale
     model.visual.mask_ratio, model.tokenizer = args.mask_ratio, tokenizer_of(args).to_str()
@@ -1542,6 +1586,7 @@ def train(args, ctx):
     else:
         common.load_parts(parts, saved)
         log.info(f"resumed at step {state['step']}")
+    log.begin(args.output_dir / LAST)
     best = TopK(args.output_dir, TOP, args.top_k, state["best"])
     sampler = StepSampler(len(train_set), args, ctx, state["step"])
     max_steps = args.max_steps or args.epochs * sampler.per_epoch
@@ -1582,6 +1627,7 @@ def train(args, ctx):
 
         # -------- single training step --------
         net.train()
+        statistics = common.copy_statistics(model)
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in range(args.accum_steps)]
         waiting = time.perf_counter() - waiting
@@ -1590,12 +1636,15 @@ def train(args, ctx):
         if args.check_ranks:
             common.check_ranks(model, ctx)
         grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
-        good = bool(grad_norm.isfinite())  # waits for the device; a disabled scaler would step on NaN
+        # waits for the device; a disabled scaler would step on NaN
+        good = bool(grad_norm.isfinite()) and bool(logs["loss"].isfinite())
         if good:
             scaler.step(optimizer)
             state["updates"] += 1
             if ema:
                 ema.update(model, state["updates"])
+        else:
+            common.put_back(model, statistics)
         searching = scaler.is_enabled() and scaler.get_scale() > 1 and bool(logs["loss"].isfinite())
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1648,10 +1697,11 @@ def train(args, ctx):
             log.scalars(step, {f"val/{k}": v for k, v in metrics.items()} | {"train/epoch_loss": train_loss})
             shown = " - ".join(f"{k}: {v:.4f}" for k, v in record.items() if k in ("train_loss", "val_loss", *SHOWN))
             log.info(f"Epoch {epoch_done} - {shown}" + (" - best" if improved else ""))
-        if evaluating or stopping or step % args.save_every == 0:  # rank 0 writes
+        # not while steps fail: the weights may have burst, and the checkpoints of before are few
+        if evaluating or stopping or (good and step % args.save_every == 0):  # rank 0 writes
             save()
             progress.skip()
-        elif step % (sampler.per_epoch * args.save_epoch_frequency) == 0:  # task
+        elif good and step % (sampler.per_epoch * args.save_epoch_frequency) == 0:  # task
             save()  # task
         if stopping:
             ctx.barrier()  # torchrun ends the others once one leaves: rank 0 must have saved

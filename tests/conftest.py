@@ -386,3 +386,11 @@ def film_args(folder, out, *more):
 def pytest_collection_modifyitems(items):
     """The longest file first, so that two test processes end at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The last line but one: how many faults the tests that count them have injected (test_faults.py)."""
+    reports = [r for some in terminalreporter.stats.values() for r in some if getattr(r, "when", None) == "teardown"]
+    n = sum(value for r in reports for name, value in r.user_properties if name == "faults")
+    if n:
+        terminalreporter.write_line(f"{n} faults injected")

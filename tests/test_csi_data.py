@@ -179,9 +179,10 @@ def test_the_seven_columns_of_the_original_document(tmp_path):
     (f"fileid;{';'.join(ZONES)}\na;1;1;1;1;1;1\n", "column 'FileID' is missing .did you mean 'fileid'"),
     (f"FileID;{';'.join(ZONES)};left_inf\na;1;1;1;1;1;1;2\n", "column 'left_inf' is there twice"),
     (f"FileID;{';'.join(ZONES)}; left_inf \na;1;1;1;1;1;1;2\n", "column 'left_inf' is there twice"),
-    (f"FileID;{';'.join(ZONES)}\na;1;1;1;1;1;1;\nb;2;2;2;2;2;2;\n", "the rows have more columns than"),
+    (f"FileID;{';'.join(ZONES)}\na;1;1;1;1;1;1;\nb;2;2;2;2;2;2;\n", "row 2 has 8 cells, the first line has 7"),
     (f"FileID;{';'.join(ZONES)}\n", "has no rows"), ("", "not a readable CSV"),
-    (f"FileID;{';'.join(ZONES)}\na;1;1;1;1;1;1\nb;1;1;1;1;1;1;1;1\n", "not a readable CSV .*line 3"),
+    (f"FileID;{';'.join(ZONES)}\na;1;1;1;1;1;1\nb;1;1;1;1;1;1;1;1\n", "row 3 has 9 cells, the first line has 7"),
+    (f"FileID;{';'.join(ZONES)}\na;1;1;1;1;1;1\nb;1;2\n", "row 3 has 3 cells, the first line has 7 .a cut file"),
     (f"FileID;{';'.join(ZONES)};diagnosis\na;1;1;1;1;1;1;sick\n", "row 2, column 'diagnosis': 'sick' is no label"),
 ])  # fmt: skip
 def test_tables_that_are_refused(tmp_path, text, message):
@@ -198,8 +199,8 @@ def test_a_missing_or_binary_table(tmp_path):
         scores_of(tmp_path)
 
 
-def test_short_rows_are_unknown(tmp_path):
-    (tmp_path / "t.csv").write_text(f"FileID;{';'.join(ZONES)}\na;1;2\n")
+def test_empty_cells_are_unknown(tmp_path):
+    (tmp_path / "t.csv").write_text(f"FileID;{';'.join(ZONES)}\na;1;2;;;;\n")
     assert scores_of(tmp_path)[list(ZONES)].to_numpy().tolist() == [[1, 2, 4, 4, 4, 4]]
 
 

@@ -104,6 +104,7 @@ def train(args, ctx):
     saved = common.find_resume(args, LAST, ["optimizer"], ctx.world)
     state = saved["state"] if saved else {{"step": 0, "x": 0.3, "stale": 0, "global_batch": args.batch_size}}
     log = common.RunLog(args.output_dir, ctx, "logs/training.log", "logs/results.jsonl", state["step"])
+    log.begin(args.output_dir / LAST)
     with (args.output_dir / "starts.txt").open("a") as file:
         print(os.getpid(), state["step"], file=file, flush=True)
     build_datasets(args)

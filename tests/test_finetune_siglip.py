@@ -438,4 +438,4 @@ def test_non_finite_steps_are_skipped_and_end_the_run(tiny_ct, tmp_path, capsys)
     assert call(*words) == 2
     assert "3 steps in a row were not finite" in capsys.readouterr().err
     saved = common.load_checkpoint(tmp_path / "run" / "last.pth")
-    assert saved["state"]["updates"] < saved["state"]["step"]
+    assert saved["state"]["updates"] == saved["state"]["step"]  # of before steps failed
