@@ -102,7 +102,8 @@ def check_environment(args, ctx):
 def train(args, ctx):
     common.make_folder((args.output_dir / LAST).parent)
     saved = common.find_resume(args, LAST, ["optimizer"], ctx.world)
-    state = saved["state"] if saved else {{"step": 0, "x": 0.3, "stale": 0, "global_batch": args.batch_size}}
+    state = {{"step": 0, "x": 0.3, "stale": 0, "global_batch": args.batch_size, "updates": 0, "best": []}}
+    state = saved["state"] if saved else {{**state, "bad_samples": []}}
     log = common.RunLog(args.output_dir, ctx, "logs/training.log", "logs/results.jsonl", state["step"])
     log.begin(args.output_dir / LAST)
     with (args.output_dir / "starts.txt").open("a") as file:
@@ -133,6 +134,7 @@ def train(args, ctx):
         state["stale"] = int(PRUNE is not None and PRUNE(state["step"], metrics))
         log.results({{"epoch": state["step"] // per_epoch, "step": state["step"], **metrics}})
         saved = {{"task": "toy", "model": {{}}, "args": common.plain_args(args), "state": state}}
+        saved |= {{"optimizer": {{}}, "scaler": {{}}}}
         common.save_last(args.output_dir / LAST, saved)
         if stop:
             log.close()
