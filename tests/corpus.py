@@ -683,7 +683,11 @@ def read_metadata(path: Path) -> None:
     check_all(finetune_siglip.build_datasets(args))
 
 
-READERS["t.csv"] = Reader(ct_folder, read_ct, lambda p: ["finetune_siglip.py", *ct_words(p), "--output-dir", p.parent])
+READERS["t.csv"] = Reader(
+    ct_folder,
+    read_ct,
+    lambda p: ["finetune_siglip.py", *ct_words(p), "--data-root", p.parent, "--output-dir", p.parent / "out"],
+)
 READERS["metadata.csv"] = Reader(lambda folder: ct_folder(folder).with_name("metadata.csv"), read_metadata)
 CASES += table_cases("t.csv", {"no first line": REFUSED}, {"first": LABELS, "spacing_z": NUMBERS})
 CASES += table_cases(

@@ -62,7 +62,7 @@ SIZES |= {
     "cases.py": 420,
     "page.py": 300,
     "clinical.py": 250,
-    "compare.py": 580,
+    "compare.py": 600,
     "pictures.py": 400,
     "subgroups.py": 300,
     "retrieval.py": 490,
