@@ -95,7 +95,7 @@ def warnings_of(results: dict) -> list[str]:
         )
     if results["interval"] is None:
         found.append("No bootstrap intervals were computed (--no-bootstrap)")
-    elif results["n_patients"] < FEW_PATIENTS:
+    elif results.get("n_patients", FEW_PATIENTS) < FEW_PATIENTS:  # a comparison has sentences of its own
         found.append(f"Only {results['n_patients']} patients: intervals of so few are too narrow")
     return found
 

@@ -581,6 +581,7 @@ def read_film(path: Path) -> np.ndarray:
     (np.rot90 by -1); DICOM (needs pydicom), rescaled, MONOCHROME1 inverted, its display window not applied.
     """
     common.need_file(path)
+    nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # what it says of a header is judged here, or refused
     name = path.name.lower()
     try:
         with warnings.catch_warnings(action="ignore"):  # of three libraries, at what is judged here or refused

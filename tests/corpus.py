@@ -907,9 +907,9 @@ def dicom(path: Path, **fields) -> None:
     data.BitsAllocated = data.BitsStored = 16
     data.HighBit, data.PixelRepresentation = 15, 0
     data.PixelData = np.arange(120, dtype=np.uint16).tobytes()
-    for name, value in fields.items():
-        setattr(data, name, value)
     with warnings.catch_warnings(action="ignore"):
+        for name, value in fields.items():
+            setattr(data, name, value)
         data.save_as(path, enforce_file_format=True)
 
 

@@ -175,10 +175,11 @@ def make_files(folder, n, names, seed=0):
 def test_page_of_18_hostile_labels(tmp_path):
     """Its size is what is promised of a real one: 200 kB to 5 MB."""
     make_files(tmp_path, 500, [*HOSTILE, *(f"label {k}" for k in range(18 - len(HOSTILE)))])
-    words = ["--predictions", tmp_path / "preds.csv", "--labels", tmp_path / "labels.csv", "--output", tmp_path]
+    words = ["--predictions", tmp_path / "preds.csv", "--labels", tmp_path / "labels.csv"]
+    words += ["--output", tmp_path / "eval"]
     assert evaluate.main([*map(str, words), "--n-bootstrap", "20"]) == 0
-    assert (tmp_path / "report.html").stat().st_size > 200e3
-    check(tmp_path / "report.html", tmp_path, {"img": 4 * 16, "table": 2}, range(5, 31))
+    assert (tmp_path / "eval/report.html").stat().st_size > 200e3
+    check(tmp_path / "eval/report.html", tmp_path, {"img": 4 * 16, "table": 2}, range(5, 31))
 
 
 def test_page_of_films(score_films, tmp_path):  # noqa: F811
@@ -198,5 +199,5 @@ def test_page_of_pairs(score_pairs, tmp_path, monkeypatch):  # noqa: F811
 def test_page_of_a_comparison(tmp_path):
     make_files(tmp_path, 160, HOSTILE)
     words = ["--compare", tmp_path / "preds.csv", tmp_path / "other.csv", "--labels", tmp_path / "labels.csv"]
-    assert evaluate.main([*map(str, words), "--output", str(tmp_path), "--n-bootstrap", "20"]) == 0
-    check(tmp_path / "report.html", tmp_path, {"img": 4, "table": 2}, range(2, 31))
+    assert evaluate.main([*map(str, words), "--output", str(tmp_path / "eval"), "--n-bootstrap", "20"]) == 0
+    check(tmp_path / "eval/report.html", tmp_path, {"img": 4, "table": 2}, range(2, 31))

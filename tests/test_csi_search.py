@@ -229,6 +229,7 @@ def error_of(capsys) -> str:
 # ---- many processes, kills
 
 
+@pytest.mark.slow
 def test_three_workers_one_killed(toy, home, monkeypatch, capfd):
     """30 trials in three processes, of which one is killed -9 in the middle: none lost, none twice, the killed one
     continued; the same command again does nothing; 3 trials more are exactly 3 more."""

@@ -4,6 +4,7 @@ Its default way is gone once: run_retclip.sh with the two CSVs, a folder of parq
 four epochs. Not tried: the hub itself, the hours it expects, and the recalls of the paper.
 """
 
+import argparse
 import inspect
 import json
 import os
@@ -162,10 +163,11 @@ def test_the_architecture():
 
 def test_out_of_memory_says_what_to_do(capsys):
     def run_out():
+        args = argparse.Namespace(batch_size=8, accum_steps=1, grad_checkpointing=False)  # noqa: F841
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     said("### Problem: Out of memory during training")
-    assert common.run_main(run_out) == 1 and "halve --batch-size" in capsys.readouterr().err
+    assert common.run_main(run_out) == 1 and "--batch-size 4 --accum-steps 2" in capsys.readouterr().err
 
 
 # ---- data

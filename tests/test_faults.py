@@ -73,6 +73,11 @@ def script(request) -> Script:
     return script_of(request, request.param)
 
 
+# The loop is one text: the scripts with large checkpoints have the rest of the matrix in the slow part.
+CORE = [pytest.param(n, marks=[pytest.mark.slow] if n in ("task2", "csi") else []) for n in SCRIPTS]
+of_core = pytest.mark.parametrize("script", CORE, indirect=True)
+
+
 def script_of(request, name: str) -> Script:
     module, data, args, steps = SCRIPTS[name]
     return Script(module, request.getfixturevalue(data), args, steps)
@@ -270,7 +275,7 @@ def whole(request, zygote, tmp_path_factory):
     made = {}
 
     def get(script: Script, world: int = 1) -> Path:
-        key = script.module.TASK, world
+        key = script.module.TASK, script.steps, world
         if key not in made:
             made[key] = out = tmp_path_factory.mktemp("whole") / "run"
             words = script.words(out, *KEEP, *MORE, "--max-steps", script.steps)
@@ -302,7 +307,7 @@ def refused_beside(script, out, capsys, children) -> None:
 
 def test_one_script_killed_and_continued(request, zygote, whole, tmp_path, capsys):
     """The core of the matrix: a second job refused, then kills in a step, in a save and after an evaluation."""
-    script, out = script_of(request, "siglip"), tmp_path / "run"
+    script, out = dataclasses.replace(script_of(request, "siglip"), steps=10), tmp_path / "run"
     words = script.words(out, *KEEP, *MORE, "--max-steps", script.steps)
     children = zygote.start(words, tmp_path / "text")
     refused_beside(script, out, capsys, children)
@@ -368,8 +373,9 @@ def ranks_of(launcher: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_a_rank_has_died(script, whole, tmp_path):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("name", ["siglip", "retclip"])  # one of each form of `forward_backward`
+def test_torchrun_goes_on_after_a_rank_has_died(request, name, whole, tmp_path):
+    script, out = script_of(request, name), tmp_path / "run"
     words = script.words(out, *KEEP, *MORE, "--max-steps", script.steps)
     program = tmp_path / words[0]
     lines = ["import sys", f"sys.path[0] = {str(ROOT)!r}", "import common", "common.EVAL_THREADS = 1"]  # as `whole`
@@ -514,6 +520,7 @@ def poisoned(tmp_path_factory):
     return get
 
 
+@pytest.mark.parametrize("script", [*CORE[:1], "task2", *CORE[2:]], indirect=True)  # batch-norm's statistics too
 def test_bad_steps_are_skipped_and_counted_and_end_the_run(script, poisoned, capsys):
     out, code, before, averaged = poisoned(script)
     assert code == 2 and "4 steps in a row were not finite" in said(capsys)
@@ -631,6 +638,7 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_bad_step(request, name, tmp_pa
 # ==== Files ====================================================================================================
 
 
+@of_core
 def test_damaged_checkpoints(script, trained, tmp_path, capsys):
     """An explicit path fails, naming the file; --resume auto takes the one before, and ends with the same bits."""
     out = copy_of(trained(script), tmp_path / "run")
@@ -663,6 +671,7 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@of_core
 def test_full_disk_while_saving(script, trained, tmp_path, capsys):
     out = copy_of(trained(script), tmp_path / "run")
     before = files_of(out)
@@ -736,6 +745,7 @@ def without_root():
         assert libc.capset(header, now) == 0
 
 
+@of_core
 def test_read_only_folder_is_known_before_the_first_step(script, trained, tmp_path, capsys, monkeypatch):
     out = copy_of(trained(script), tmp_path / "run")
     before, folders = files_of(out), [out, *(p for p in out.rglob("*") if p.is_dir())]
@@ -761,6 +771,7 @@ def test_read_only_folder_is_known_before_the_first_step(script, trained, tmp_pa
     said(capsys)
 
 
+@of_core
 def test_a_mistake_with_overwrite_costs_no_earlier_run(script, trained, tmp_path, capsys):
     out = copy_of(trained(script), tmp_path / "run")
     before = files_of(out)
@@ -823,13 +834,12 @@ def cuda_memory():
 OUT_OF_MEMORY = {"torch": lambda: torch.empty(10**15), "numpy": lambda: np.empty(10**15), "cuda": cuda_memory}
 
 
-@pytest.mark.parametrize("name", list(SCRIPTS))
-def test_out_of_memory_says_what_keeps_the_batch(request, name, trained, tmp_path, monkeypatch, capsys):
-    script = script_of(request, name)
+@of_core
+def test_out_of_memory_says_what_keeps_the_batch(script, trained, tmp_path, monkeypatch, capsys):
     out = copy_of(trained(script), tmp_path / "run")
-    before, loss, size = files_of(out), script.module.compute_loss, 8 if name == "task2" else 4
+    before, loss, size = files_of(out), script.module.compute_loss, 8 if script.module is run_task2 else 4
     capsys.readouterr()
-    for kind, what in (("torch", "memory"), ("cuda", "GPU memory")) if name == "siglip" else (("torch", "memory"),):
+    for kind, what in (("torch", "memory"), ("cuda", "GPU memory")) if size == 4 else (("torch", "memory"),):
         monkeypatch.setattr(script.module, "compute_loss", poison(loss, {1: OUT_OF_MEMORY[kind]}))
         assert script.call(out, *CONTINUED, "--max-steps", 8) == 1
         injected()

@@ -124,6 +124,7 @@ def test_evaluation_has_the_same_digits_on_1_2_and_3_ranks(tiny_ct, tmp_path):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_ranks_and_accumulation_do_not_change_the_training(tiny_ct, tmp_path):
     """A global batch of 8, with unknown labels, as 1 x 8, 1 x 2 x 4 and 2 ranks x 2 x 2."""
     still = [

@@ -632,7 +632,7 @@ def change(**cells):
     ("edit", "more", "words"),
     [
         (change(patient_id="P0"), [], "row 3: id P0 has other pictures than row 2"),
-        (change(patient_id="a\tb"), [], "row 3: 'a\tb' is no id"),
+        (change(patient_id="a\tb"), [], "row 3: 'a b' is no id"),
         (change(patient_id=""), [], "row 3: '' is no id"),
         (change(patient_id="=x"), [], "row 3: '=x' is no id"),
         (change(split="../x"), [], "row 3: split '../x' is no file name"),

@@ -307,6 +307,7 @@ def test_resume_needs_every_item_of_the_state(tiny_slices, tmp_path, left_out, r
             assert_same_run(whole, again, task2)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143(tiny_slices, tmp_path):
     more = ["--epochs", 200, "--early-stopping-patience", 999, "--save-every", 10**6, "--freeze-backbone"]
     words = slice_args(tiny_slices, tmp_path, *more, "--num-workers", 1, "--mode", "both")
@@ -412,7 +413,7 @@ def test_foreign_pickles_never_run(tiny_slices, tmp_path, capsys):
         (lambda f: np.save(f / SLICE.format(2), np.zeros((32, 32), np.int16)),
          "int16, but other slices hold uint8"),
         (lambda f: (f / SLICE.format(2)).write_bytes(b"\x93NUMPY"), "damaged or not a .npy"),
-        (lambda f: (f / "slice_extraction_stats.json").write_text("{"), "not readable JSON"),
+        (lambda f: (f / "slice_extraction_stats.json").write_text("{"), "not the notes of prepare_ct.py"),
         (lambda f: packed(f, np.zeros((47, 32, 32), np.float32)), "not the slices of"),
         (lambda f: packed(f, np.zeros((46, 32, 32), np.uint8)), "not the slices of"),
     ],
@@ -489,6 +490,7 @@ def test_unreadable_slices(tiny_slices, tmp_path, capsys):
     assert "3 slices could not be read" in notes[-1]
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_checkpoint(tiny_slices, trained, tmp_path):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     before = (tmp_path / task2.LAST).read_bytes()
@@ -713,11 +715,13 @@ def test_prediction_uses_no_shared_memory(on_volumes, volumes, monkeypatch):
 def test_evaluate_py_takes_the_checkpoint(trained, tiny_slices, tmp_path):
     """evaluate.py: volumes as cases, patients as groups, the same numbers as --mode evaluate."""
     run("evaluate.py", "--test-only", trained / "checkpoints" / "best.ckpt", "--output", tmp_path, "--n-bootstrap", 50)
+    files = (tmp_path / "predictions.csv", trained / "results/volume_predictions.csv")
+    table, its = (pd.read_csv(path) for path in files)
     results = json.loads((tmp_path / "results.json").read_text())
     own = json.loads((trained / "results" / "evaluation_results.json").read_text())
     assert results["n"] == 7 and results["macro"]["auroc"] == own["auroc_macro"]
     assert "validation cases by which training chose" in results["notes"][0]
-    assert (tmp_path / "predictions.csv").read_bytes() == (trained / "results" / "volume_predictions.csv").read_bytes()
+    assert table.filter(regex="id|_prob").equals(its.filter(regex="id|_prob"))
     assert "<html" in (tmp_path / "report.html").read_text()
     words = ["--slice-dir", tiny_slices, "--split", "train", "--output", tmp_path / "train", "--no-bootstrap"]
     run("evaluate.py", "--test-only", trained / "checkpoints" / "best.ckpt", *words)

@@ -354,6 +354,7 @@ def test_slices_go_on_after_kill_9_and_take_new_volumes(tree):  # noqa: F811
     assert all((again / p).exists() for p in table["file_path"])
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_slices(tree):  # noqa: F811
     words = ["slices", "--data-dir", tree / "dataset", "--labels", tree / "labels.csv", "--image-size", 16]
     assert prepare(*words, "--out", tree / "one") == 0

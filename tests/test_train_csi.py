@@ -168,6 +168,7 @@ def test_ranks_and_accumulation_do_not_change_the_training(tiny_films, tmp_path)
             torch.testing.assert_close(models[n]["model"][key], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_agree(tiny_films, tmp_path):
     """Batch norm, dropout and augmentation on: every rank has the same gradients, rank 0 alone writes."""
     words = film_args(tiny_films, tmp_path / "run", "--check-ranks", "--batch-size", 2, "--epochs", 1)

@@ -270,6 +270,7 @@ def test_a_mistake_costs_no_checkpoint(tiny_fundus, trained, tmp_path, capsys):
         assert "of another run" in error_of(capsys)
 
 
+@pytest.mark.slow
 def test_auto_goes_on_from_where_an_explicit_resume_went_back_to(tiny_fundus, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "again", ignore=shutil.ignore_patterns("out_*.log"))
     words = fundus_args(tiny_fundus, tmp_path / "again", *MORE, "--save-every", 1000, "--eval-every", 1000)
