@@ -166,8 +166,15 @@ def calibration(y, p) -> dict[str, float]:
     if len(positive) and len(negative):
         found["in_the_large"] = float(logistic_fit(y, one[:, None], x)[0])
         if negative.max() > positive.min() and positive.max() > negative.min():
-            found["intercept"], found["slope"] = map(float, logistic_fit(y, np.stack([one, x], 1)))
+            mean, sd = x.mean(), x.std()  # standardised: scores that hardly differ would be a multiple of `one`
+            a, b = logistic_fit(y, np.stack([one, (x - mean) / sd], 1))
+            found["intercept"], found["slope"] = float(a - b * mean / sd), float(b / sd)
     return {name: float(value) for name, value in found.items()}
+
+
+def patients_with(targets, groups) -> np.ndarray:
+    """(K, 2) int: patients with a negative, and with a positive, case of each label; targets (n, K), groups (n,)."""
+    return np.array([[len(set(groups[y == sign])) for sign in (0, 1)] for y in np.asarray(targets).T], int)
 
 
 def adaptive_bins(p, n_bins: int = 15) -> np.ndarray:

@@ -1082,6 +1082,18 @@ def _still_statistics(module: nn.Module):
             norm.num_batches_tracked.sub_(1)
 
 
+def resize_bicubic(grid: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, E, n, m) -> (B, E, h, w), as F.interpolate(mode="bicubic"), whose gradient is not deterministic on CUDA."""
+
+    def weights(old, new):  # (old, new)
+        eye = torch.eye(old, dtype=grid.dtype, device=grid.device)[None, :, :, None]
+        return F.interpolate(eye, (new, 1), mode="bicubic")[0, :, :, 0]
+
+    grid = _float32(grid)
+    with torch.autocast(grid.device.type, enabled=False):
+        return weights(grid.shape[2], h).T @ grid @ weights(grid.shape[3], w)
+
+
 # ==== Process group ============================================================================================
 
 EVAL_THREADS = 2  # the last digits of a CPU matrix product depend on the thread count; torchrun would change it
@@ -1167,8 +1179,13 @@ def process_group(device: str = "auto", timeout_minutes: float = 30):
     try:
         yield Context(rank, world, chosen, cpu_group)
     finally:
-        if world > 1:
+        if world > 1 and not (sys.exc_info()[0] and leave_at_once()):
             dist.destroy_process_group()
+
+
+def leave_at_once() -> bool:
+    """Whether a process that failed must not leave its group in order: NCCL would wait for ranks that never come."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def _is_restart() -> bool:
@@ -1579,7 +1596,8 @@ def save_last(path: Path, checkpoint: dict) -> None:
         for old in last_files(path)[KEPT:]:
             old.unlink(missing_ok=True)
         return
-    save_checkpoint(path, checkpoint, keep=previous_of(path))
+    newest = last_files(path)[:1]
+    save_checkpoint(path, checkpoint, keep=previous_of(path) if newest == [path] else None)  # else the run came from it
 
 
 def last_files(path: Path) -> list[Path]:
@@ -1589,7 +1607,16 @@ def last_files(path: Path) -> list[Path]:
         found = [p for p in path.parent.glob("*") if name.fullmatch(p.name)]
         step = lambda p: int(re.findall(r"\d+", p.name)[-1])  # noqa: E731
         return sorted(found, key=lambda p: (p.stat().st_mtime_ns, step(p)), reverse=True)
-    return [p for p in (path, previous_of(path)) if p.exists()]
+    both = [p for p in (path, previous_of(path)) if p.exists()]
+    return sorted(both, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
+def need_writable(files) -> None:
+    """Raise UserError unless each file (or None) can be written, or its folder made; before hours of work are lost."""
+    for path in filter(None, files):
+        folder = next(p for p in Path(path).resolve().parents if p.exists())
+        if not os.access(folder, os.W_OK) or not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder that can be written to (for {path})")
 
 
 def make_folder(path: Path) -> None:
@@ -1632,8 +1659,6 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
                 f"{args.output_dir}: holds another run than {args.resume} (continue that in another --output-dir; "
                 "--overwrite gives this one up)"
             )
-        with contextlib.suppress(OSError):
-            os.utime(args.resume)  # from here the run goes on: `auto` must not go back to a later, given up one
     elif not here:
         return None
     else:
@@ -1645,6 +1670,9 @@ def find_resume(args, last: str, fixed=(), world: int = 1) -> dict | None:
                 if older is None:
                     raise
                 print(f"warning: {e}; continuing from {older}", file=sys.stderr)
+    if here and Path(file).resolve() != here[0].resolve():
+        with contextlib.suppress(OSError):
+            os.utime(file)  # from here the run goes on: `auto` must not go back to a later one, given up or damaged
     if "state" not in saved:
         raise UserError(f"{args.resume}: holds a model but no run to continue (resume from {last})")
     now, then, state = plain_args(args), saved["args"], saved["state"]
@@ -1944,7 +1972,7 @@ def label_array(table: pd.DataFrame, columns, path: Path) -> np.ndarray:
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
-            f"{path}: row {row + 2}, column '{columns[column]}': '{text.iat[row, column]}' is no label "
+            f"{path}: row {table.index[row] + 2}, column '{columns[column]}': '{text.iat[row, column]}' is no label "
             "(0, 1, or empty for unknown)"
         )
     return np.where(values < 0, np.nan, values)
@@ -2157,8 +2185,21 @@ def volume_sources(table: pd.DataFrame, csv: Path, metadata: Path | None = None,
 
 def group_of(series_id: str) -> str:
     """The patient: 'train_1_a_2' (patient, scan, reconstruction; CT-RATE) -> 'train_1'; any other id is its own."""
-    match = re.fullmatch(r"([A-Za-z]+_\d+)_[A-Za-z]+_\d+", volume_name(series_id))
+    match = re.fullmatch(r"([A-Za-z]+_\d+)_[a-z]_\d+", volume_name(series_id))
     return match[1] if match else series_id
+
+
+def patients_of(table: pd.DataFrame, names: str) -> list[str]:
+    """The patient of each row: its patient_id; where that is missing or empty, `group_of` the column `names`."""
+    given = table["patient_id"].str.strip() if "patient_id" in table else [""] * len(table)
+    return [patient or group_of(name) for patient, name in zip(given, table[names], strict=True)]
+
+
+def leaks(table: pd.DataFrame) -> list[str]:
+    """Patients of a training CSV who are in more than one of train, val and test: a phrase for each."""
+    splits, patients = table["split"].str.strip(), pd.Series(patients_of(table, "series_id"), table.index)
+    of = splits[splits.isin(["train", "val", "test"])].groupby(patients).unique()
+    return [f"patient {who} is in {' and '.join(sorted(x))} (results leak)" for who, x in of.items() if len(x) > 1]
 
 
 def sample_volume(
@@ -2718,8 +2759,7 @@ def _cached_cases(csv: Path, columns: list[str], tables: list) -> pd.DataFrame:
     twice = table["series_id"][table["series_id"].duplicated()]
     if len(twice):
         raise UserError(f"{csv}: {twice.iloc[0]} has two rows (delete one)")
-    if "patient_id" not in table:
-        table.insert(1, "patient_id", table["series_id"].map(group_of))
+    table["patient_id"] = patients_of(table, "series_id")
     table["img_path"] = [str((csv.parent / path).absolute()) for path in table["img_path"]]
     for column in ("findings", "impression"):
         table[column] = table[column].str.replace(r"^'(?=[=+\-@\t\r])", "", regex=True)
@@ -2967,7 +3007,7 @@ class Progress:
             f" | Time/Step: {per_step:.2f}s | ETA: {clock(left)} | Elapsed: {clock(spent)}"
         )
         waited = 100 * sum(self.waits) / max(1e-9, sum(self.times))
-        usage = f"Data wait: {waited:.0f}% | Peak memory: {peak_memory():.2f} GiB"
+        usage = f"Data wait: {waited:.0f}% | Peak memory: {peak_memory(self.device):.2f} GiB"
         peak = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         if peak and self.flops:
             usage += f" | MFU: {100 * self.flops / per_step / peak:.1f}%"
@@ -2986,10 +3026,10 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s of one card, from the vendors' data sheets
 }
 
 
-def peak_memory() -> float:
-    """Highest memory so far in GiB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory(device: torch.device) -> float:
+    """Highest memory so far in GiB: of the GPU, if the run is on one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -3133,15 +3173,17 @@ def check_positive(args) -> None:
     for name in [*names, "early_stopping_patience", "max_bad_steps"]:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("num_workers", "eval_batch_size", "eval_every", "warmup", "max_steps"):
+    for name in ("num_workers", "eval_batch_size", "eval_every", "warmup", "max_steps", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
-    for name in {"dropout_rate", "text_dropout"} & vars(args).keys():
+    for name in {"dropout_rate", "text_dropout", "drop_path"} & vars(args).keys():
         if not 0 <= (getattr(args, name) or 0) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
     for name in ("lr", "weight_decay", "min_lr_ratio"):
         if not getattr(args, name) >= 0:  # nor NaN
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if getattr(args, "max_pos_weight", 1) < 1:
+        raise UserError("--max-pos-weight must be at least 1 (1: no weights)")
     if args.max_grad_norm <= 0:
         raise UserError("--max-grad-norm must be positive (inf: no clipping)")
 
@@ -3196,19 +3238,23 @@ def run_main(main) -> int:
         "ignore", "This DataLoader will create"
     )  # more workers than cores: said at every evaluation
     try:
+        if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+            raise UserError(f"torch {torch.__version__}: crafted weights can run code in it (2.10 or newer is needed)")
         return main() or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
     except Exception as e:
-        line = known_trouble(e)
-        if line is None:
+        line, code = known_trouble(e), 1
+        if line is None and not leave_at_once():
             raise
-        print(f"error: {line}", file=sys.stderr)
-        code = 1
+        print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
     for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold
         child.kill()
         child.join()
     signal.signal(signal.SIGCHLD, before)
+    if leave_at_once():
+        sys.stderr.flush()
+        os._exit(code)
     return code

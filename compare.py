@@ -14,7 +14,8 @@ cases that are hard for both do not widen it, as they widen the intervals of A a
                             p, holm_p}: cases that only A, and only B, decides right at its thresholds, and the exact
                             test, which takes cases as independent}}
                             of train_csi.py instead (a film that one model calls not gradable is in no mean CSI):
-      zone_means, csi       {qwk, mae, exact, off_2}, {mae, icc} of the mean CSI: each {a, b, difference, low, high}
+      zone_means, csi       {qwk, mae, exact, off_2} over the zones where both are defined, {mae, icc} of the mean CSI:
+                            each {a, b, difference, low, high}
       zones                 {zone: {qwk, mae, exact, off_2, mcnemar: of the zone's score being that of the reader}}
 """
 
@@ -30,7 +31,7 @@ from sklearn.metrics import roc_curve
 import common
 import page
 from cases import Cases, cases_of_checkpoint, cases_of_files, write_tables
-from clinical import delong, holm, mcnemar
+from clinical import delong, holm, mcnemar, patients_with
 from common import UserError, need_columns, with_interval
 from page import (
     FEW_PATIENTS,
@@ -302,8 +303,7 @@ def compare_labels(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dic
     with_holm([row["auroc"] for row in per_label.values()], "delong_p")
     with_holm([row["mcnemar"] for row in per_label.values()])
     found = {"macro": block("macro_"), "micro": block("micro_"), "per_label": per_label}
-    patients = [min(len(set(groups[labels == value])) for value in (0, 1)) for labels in y.T]
-    few = [name for name, n in zip(a.class_names, patients, strict=True) if n < FEW_POSITIVES]
+    few = [name for name, n in zip(a.class_names, patients_with(y, groups).min(1), strict=True) if n < FEW_POSITIVES]
     tested = {name for name, row in per_label.items() if math.isfinite(row["auroc"]["difference"])}
     return found | {"few": few}, {"n": len(order), "n_patients": len(set(groups)), "all_few": tested <= set(few)}
 
@@ -322,7 +322,11 @@ def compare_zones(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict
         right = [(its.severity == truth)[graded[:, k], k] for its in films]
         zones[zone]["mcnemar"] = right_or_wrong(*right)
     with_holm([row["mcnemar"] for row in zones.values()])
-    means = [{m: common.mean_defined([zone[m] for zone in some], 0) for m in GRADED} for some in (one, other)]
+    means = [{}, {}]
+    for m in GRADED:  # over the zones where both are defined: kappa is not where no class but one is seen and said
+        values = np.array([[zone[m] for zone in some] for some in (one, other)])  # (2, Z, 1 + B)
+        gone = np.isnan(values).any(0)
+        means[0][m], means[1][m] = common.mean_defined(np.where(gone, np.nan, values), 1)
     both = ~np.isnan(films[0].csi) & ~np.isnan(films[1].csi)
     agreed = [common.agreement(its.csi[both], its.true_csi[both], weights[both]) for its in films]
     found = {"zone_means": {m: compared(means[0][m], means[1][m]) for m in GRADED}}
@@ -365,7 +369,7 @@ def sentence(name: str, better: str, row: dict, higher_is_better: bool, facts: d
     gap, low, high = (row.get(key, math.nan) for key in ("difference", "low", "high"))
     by = f"{abs(gap):.3f}" if abs(gap) >= 0.0005 else "less than 0.001"
     head = f"{name} of B is {'higher' if gap > 0 else 'lower'} by {by}" if gap else f"{name} of B is that of A"
-    if not math.isfinite(gap):
+    if not math.isfinite(gap) or (facts["interval"] and not (math.isfinite(low) and math.isfinite(high))):
         return {"verdict": "undefined", "text": f"{name} is undefined on these cases, and cannot be compared."}
     if gap == low == high == 0:
         text = f"{name} is the same in A and B ({number(row['a'])}), also in every resample of the patients."

@@ -36,8 +36,9 @@ Writes into --output (or, where that ends in .json, to that file and its folder)
   results.json     (train_retclip.py: evaluation_results.json) all numbers, null = undefined (never 0):
     evaluated, evaluated_on   what was scored, on which cases: two phrases
     n, n_patients             cases (with the failed ones) and patients
-    per_label                 {label: {n, positives, prevalence, threshold, flagged, <metric>, <metric>_low,
-                              <metric>_high}}; n: cases with a known label; flagged: those at or above the threshold
+    per_label                 {label: {n, positives, positive_patients, negative_patients, prevalence, threshold,
+                              flagged, <metric>, <metric>_low, <metric>_high}}; n: cases with a known label; flagged:
+                              those at or above the threshold
                               (null: the most probable class is flagged); {} without classes, and so are all averages;
                               tp, fp, fn, tn: cases at the threshold;
                               auroc_delong_low, auroc_delong_high: DeLong's interval, clustered by patient
@@ -234,6 +235,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError("--linear-probe: takes the place of --zero-shot (leave out one of the two)")
     if args.bootstrap and args.n_bootstrap < 2:
         raise UserError(f"--n-bootstrap {args.n_bootstrap}: at least 2 resamples (--no-bootstrap for none)")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
     return args
 
 
@@ -300,12 +303,14 @@ def score(cases: Cases, n_resamples: int, seed: int) -> dict:
                 found[f"{metric}_low"], found[f"{metric}_high"] = spread[key]
         return found
 
-    per_label = {}
+    per_label, patients = {}, clinical.patients_with(targets, groups).tolist()
     for k, name in enumerate(names):
         n, positives = int(values[f"label{k}_n"]), int(values[f"label{k}_positives"])
         share = positives / n if n else None
         threshold = None if cases.most_probable else cases.thresholds[k]
-        counts = {"n": n, "positives": positives, "prevalence": share, "threshold": threshold}
+        without, with_it = patients[k]
+        counts = {"n": n, "positives": positives, "positive_patients": with_it, "negative_patients": without}
+        counts |= {"prevalence": share, "threshold": threshold}
         known = ~np.isnan(targets[:, k])
         y, said = targets[known, k] == 1, (probs >= cut)[known, k]
         cells = {"tp": y & said, "fp": ~y & said, "fn": y & ~said, "tn": ~y & ~said}
@@ -405,6 +410,9 @@ def refuse_overwriting(args) -> None:
     for path in [*read, *(args.validation or ())]:
         if path and path.resolve() in written:
             raise UserError(f"--output {args.output}: {path} is read, and would be overwritten (choose another)")
+    own = [folder / "predictions.csv", folder / "predictions_a.csv"]  # each is written before labels.csv
+    if (folder / "labels.csv").exists() and not any(path.exists() for path in own):
+        raise UserError(f"--output {args.output}: {folder / 'labels.csv'} is of no evaluation (choose another folder)")
 
 
 def main(argv=None) -> int:

@@ -191,6 +191,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.csv is None and not args.test_only:
         raise UserError("--csv is missing (the table of volumes and labels)")
     common.check_positive(args)
+    common.need_writable([args.export, args.slice_weights])
+    for name, least in {"num_slices": 1, "image_size": 1, "slice_chunk": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     if not args.pretrained and not args.test_only:
         raise UserError("--pretrained is missing (a weight file, or 'none' with --arch for random weights)")
     return args
@@ -219,8 +223,7 @@ class CTVolumes(Dataset):
     def __init__(self, table, args, train: bool):
         self.args, self.train, self.class_names = args, train, list(args.label_columns)
         self.ids = table["series_id"].tolist()
-        patient = table["patient_id"] if "patient_id" in table.columns else table["series_id"].map(common.group_of)
-        self.groups = patient.tolist()
+        self.groups = common.patients_of(table, "series_id")
         self.targets = common.label_array(table, self.class_names, args.csv)  # (n, K)
         sources = common.volume_sources(table, args.csv, args.metadata, args.data_root)
         self.paths, self.options = zip(*sources, strict=True)
@@ -294,6 +297,8 @@ def read_split(args, split: str, train: bool) -> CTVolumes:
     twice = table["series_id"][table["series_id"].duplicated()]
     if len(twice):
         raise UserError(f"{args.csv}: row {twice.index[0] + 2}: series_id {twice.iloc[0]} comes twice")
+    for leak in common.leaks(table):
+        raise UserError(f"{args.csv}: {leak}")
     rows = table[table["split"].str.strip() == split]
     if not len(rows):
         raise UserError(f"{args.csv}: no row has split '{split}' (there are {sorted(set(table['split']))[:5]})")
@@ -307,9 +312,6 @@ def data_file(args, split: str | None = None) -> Path:
 
 def build_datasets(args):
     train_set, val_set = read_split(args, "train", True), read_split(args, "val", False)
-    shared = set(train_set.groups) & set(val_set.groups)
-    if shared:
-        raise UserError(f"{args.csv}: patient {sorted(shared)[0]} is in train and in val ({len(shared)} patients are)")
     missing = [p for d in (train_set, val_set) for p in d.paths if not os.path.exists(p)]
     if missing and args.on_bad_sample == "fail":
         raise UserError(f"{missing[0]}: no such volume ({len(missing)} of the CSV's are missing)")
@@ -415,7 +417,7 @@ class SiglipVision(nn.Module):
         if (rows, columns) == (self.grid, self.grid):
             return table
         square = table.T.unflatten(1, (self.grid, self.grid))[None]  # (1, E, grid, grid)
-        return F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False)[0].flatten(1).T
+        return common.resize_bicubic(square, rows, columns)[0].flatten(1).T
 
     def tokens(self, image):
         """(n, 3, h, w) -> (n, N, E), after the last norm."""
@@ -732,6 +734,8 @@ def prepare_config(args, say=print) -> dict | None:
                 raise UserError(f"--arch {args.arch} is not what {args.pretrained} holds: {args.model_config}")
         say(f"model: {args.model_config}")
     args.image_size = args.image_size or args.model_config["image"]
+    if args.image_size < args.model_config.get("patch", 1):
+        raise UserError(f"--image-size {args.image_size}: smaller than a patch, {args.model_config['patch']} pixels")
     args.num_slices = args.num_slices or (160 if args.model_config["family"] == "merlin" else 32)
     return state
 
@@ -902,7 +906,7 @@ def forward_backward(net, micro_batches, criterion, scaler, autocast, ctx):
     ranks and micro-steps changes the result. Returns logs, averaged over micro-steps and ranks.
     """
     counts = torch.stack([criterion.count(b) for b in micro_batches]).to(ctx.device, torch.float32)
-    total = ctx.sum(counts.sum()).clamp(min=1) / ctx.world  # DDP divides the sum of gradients by the world size
+    total = ctx.sum(counts.sum()).clamp(min=1e-8) / ctx.world  # DDP divides the sum of gradients by the world size
     summed = {}
     for i, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
         batch = {k: v.to(ctx.device, non_blocking=True) for k, v in batch.items()}
@@ -1171,10 +1175,10 @@ def test(args, ctx) -> int:
         return code
     thresholds, source = common.choose_thresholds(args.threshold, saved)
     path = Path(args.test_output) if "/" in args.test_output else args.output_dir / args.test_output
-    path.parent.mkdir(parents=True, exist_ok=True)
+    common.make_folder(path.parent)
     common.write_csv(path, common.prediction_table(dataset.ids, out["probs"], dataset.class_names, thresholds))
     if args.slice_weights:
-        np.savez(args.slice_weights, id=np.array(dataset.ids), weights=out["slice_weights"].numpy())
+        common.write_atomic(args.slice_weights, lambda f: np.savez(f, id=dataset.ids, weights=out["slice_weights"]))
     read = np.isfinite(out["probs"]).all(1)
     metrics = common.multilabel_metrics(dataset.targets[read], out["probs"][read], dataset.class_names, thresholds)
     print(" - ".join(f"{k}: {metrics[k]:.4f}" for k in SHOWN) + f" (threshold {source})")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from common import write_atomic
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart with every common colour blindness
-FEW_POSITIVES = 10  # below this many positive (or negative) cases an AUROC says little, whatever its interval
+FEW_POSITIVES = 10  # with fewer patients who are positive (or negative) an AUROC says little, whatever its interval
 FEW_PATIENTS = 20  # of fewer the percentiles of a bootstrap are too close together
 FEW_TEXTS = 20  # with fewer distinct texts a recall at K is near 1 by chance, and the choice of texts decides
 FIGURE_STYLE = {
@@ -58,6 +58,11 @@ def people(results: dict) -> str:
     return f"{n} patients" + (" (each case is taken as another patient)" if n == results["n"] else "")
 
 
+def rarer(row: dict) -> int:
+    """Patients of the rarer sign of a label; below FEW_POSITIVES its numbers are hardly evidence."""
+    return min(row["positive_patients"], row["negative_patients"])
+
+
 def warnings_of(results: dict) -> list[str]:
     """What a reader must know before the numbers, most serious first."""
     rows, failed, found = results.get("per_label", {}), results["failed"], []  # scores of zones are no labels
@@ -77,15 +82,11 @@ def warnings_of(results: dict) -> list[str]:
             found.append(
                 f"AUROC is undefined for {len(names)} of {len(rows)} labels, with {reason} ({what}): {', '.join(names)}"
             )
-    few = [
-        f"{name} ({min(row['positives'], row['n'] - row['positives'])})"
-        for name, row in rows.items()
-        if 0 < min(row["positives"], row["n"] - row["positives"]) < FEW_POSITIVES
-    ]
+    few = [f"{name} ({rarer(row)})" for name, row in rows.items() if 0 < rarer(row) < FEW_POSITIVES]
     if few:
         found.append(
-            f"Fewer than {FEW_POSITIVES} positive or negative cases, so hardly evidence, with intervals that are too "
-            f"narrow: {', '.join(few)}"
+            f"Fewer than {FEW_POSITIVES} patients with a positive, or with a negative, case, so hardly evidence, with "
+            f"intervals that are too narrow: {', '.join(few)}"
         )
     texts = {row["distinct_texts"] for row in results.get("retrieval", {}).get("image_to_text", {}).values() if row}
     if texts and max(texts) < FEW_TEXTS:

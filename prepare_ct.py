@@ -138,8 +138,9 @@ def add_labels(command) -> None:
     add("--labels", type=Path, help="CSV with VolumeName and the labels: 0, 1, or empty for unknown")
     add("--unlabelled", choices=["error", "keep"], default="error", help="a volume that has no row in --labels: "
         "an error, or kept with all labels unknown")  # fmt: skip
-    add("--split-column", help="column of --labels or --metadata with train, val or test (without it, names "
-        "begin with train_ or valid_)")  # fmt: skip
+    add("--label-columns", nargs="+", help="columns of --labels that are labels (default: those of CT-RATE)")
+    add("--split-column", help="column of --labels or --metadata with train, val or test (default: split, if it is "
+        "there; without it, names begin with train_ or valid_)")  # fmt: skip
 
 
 def add_reading(command) -> None:
@@ -201,8 +202,14 @@ def output_names(ids, suffix: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path):
-    """Create the folder, keep other runs out of it, and clear what a killed one left."""
+def output_folder(folder: Path, table: str, read=()):
+    """Create the folder, keep other runs out of it, and clear what a killed one left.
+
+    Raises UserError if the table that will be written there is one of the files that are read.
+    """
+    for path in filter(None, read):
+        if (folder / table).resolve() == Path(path).resolve():
+            raise UserError(f"{path}: is read, and would be overwritten (choose another folder for the output)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
@@ -217,8 +224,7 @@ def output_folder(folder: Path):
                 if attempt == 19:
                     raise UserError(f"{folder}: another run is writing here (choose another --out, or wait)") from e
                 time.sleep(0.25)
-        for path in folder.glob(".*.tmp*"):
-            path.unlink()
+        common.remove_stale([folder, *folder.glob("slices/*")])
         yield
 
 
@@ -397,6 +403,7 @@ def finish(args, failed: list[tuple[dict, str]], written: int) -> int:
 
 
 def split_of(name: str, row: dict, column: str | None) -> str:
+    column = column or ("split" if row.get("split", "").strip() else None)
     word = row.get(column, "").strip().lower() if column else name.split("_")[0].lower()
     if word not in SPLITS:
         where = f"column '{column}' says '{word}'" if column else "its name does not begin with train_ or valid_"
@@ -426,8 +433,8 @@ def read_labels(args, found: dict[str, Path], files: list[Path], columns) -> tup
 
 
 def run_volumes(args) -> int:
-    found = common.find_volumes(args.nifti_dir)
-    labels, metadata = read_labels(args, found, [args.labels] if args.labels else [], common.CT_RATE_LABELS)
+    found, columns = common.find_volumes(args.nifti_dir), args.label_columns or common.CT_RATE_LABELS
+    labels, metadata = read_labels(args, found, [args.labels] if args.labels else [], columns)
     jobs, rows = [], []
     for (name, path), file in zip(found.items(), output_names(found, ".npz"), strict=True):
         options = reading_options(args)
@@ -436,10 +443,11 @@ def run_volumes(args) -> int:
         source, output = str(path), str(args.out / file)
         jobs.append({"id": name, "source": source, "output": output, "options": options, "compress": args.compress})
         row = metadata.get(name, {}) | labels.get(name, {})
-        values = {c: row.get(c, "").strip() for c in common.CT_RATE_LABELS}
+        values = {c: row.get(c, "").strip() for c in columns}
         values = {c: UNKNOWN.get(v, v) for c, v in values.items()}
+        values |= {c: row[c] for c in row if c == "patient_id"}
         rows.append({"series_id": name, "split": split_of(name, row, args.split_column), "img_path": file, **values})
-    with output_folder(args.out):
+    with output_folder(args.out, "all_ct_wlabels.csv", [args.labels, args.metadata]):
         records, failed = convert_all(args, jobs, convert, is_whole)
         table = pd.DataFrame(rows)
         common.write_csv(args.out / "all_ct_wlabels.csv", table[table["series_id"].isin(records.keys())])
@@ -460,7 +468,7 @@ def run_cache(args) -> int:
         job["output"] = str(args.out / file)
         if args.num_slices:
             job["sample"] = [args.num_slices, args.image_size, args.slice_spacing]
-    with output_folder(args.out):
+    with output_folder(args.out, "volumes.csv", [args.csv, args.metadata]):
         records, failed = convert_all(args, jobs, convert, is_whole)
         table = table.assign(img_path=files).drop(columns=list(common.RESCALE_COLUMNS), errors="ignore")  # applied
         for axis, column in enumerate(common.SPACING_COLUMNS):
@@ -515,7 +523,7 @@ def extract(job: dict) -> dict:
     pixels = common.stored_slices(volume.array, index, s["image_size"], s["store"], s["window"])
     for i, image in zip(index, pixels, strict=True) if job["files"] else ():
         path = Path(job["files"]) / f"{slice_name(Path(job['source']).name, i)}.npy"
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
         try:
             with temporary.open("wb") as file:
                 np.save(file, image if s["store"] == "hu" else image.astype(np.float32) / 255, allow_pickle=False)
@@ -535,16 +543,15 @@ def run_slices(args) -> int:
     files = [args.labels] if args.labels else [f for f in files if f.exists()]
     if not files and args.unlabelled == "error":
         raise UserError(f"{args.data_dir}: no multi_abnormality_labels.csv in it (--labels, or --unlabelled keep)")
-    columns = [c for c in common.CT_RATE_LABELS if files and c in common.read_table(files[0]).columns]
-    if files and not columns:
-        first = common.read_table(files[0]).columns
-        columns = [c for c in first if c not in ("VolumeName", "split", "patient_id", args.split_column)]
+    there = common.read_table(files[0]).columns if files else []
+    there = [c for c in there if c not in ("VolumeName", "split", "patient_id", args.split_column)]
+    columns = args.label_columns or [c for c in common.CT_RATE_LABELS if c in there] or there
+    others = [c for c in there if c not in columns]
+    if others:
+        print(f"{files[0]}: not taken as labels: {', '.join(others)} (--label-columns)", file=sys.stderr)
     labels, metadata = read_labels(args, found, files, columns)
     rows = {name: metadata.get(name, {}) | labels.get(name, {}) for name in found}
-    splits = {}
-    for name, row in rows.items():  # the label file's own column, unless another is named; else the volume's name
-        column = args.split_column or ("split" if row.get("split", "").strip() else None)
-        splits[name] = SLICE_SPLITS[split_of(name, row, column)]
+    splits = {name: SLICE_SPLITS[split_of(name, row, args.split_column)] for name, row in rows.items()}
     patients = {name: rows[name].get("patient_id", "").strip() or common.group_of(name) for name in found}
     seen = {}
     for name, split in splits.items():
@@ -564,7 +571,7 @@ def run_slices(args) -> int:
         output = str(args.out / "packed" / f"{splits[name]}.npy")
         jobs.append({"id": name, "source": str(found[name]), "output": output, "options": options, "files": folder})
         jobs[-1]["settings"] = settings
-    with output_folder(args.out):
+    with output_folder(args.out, "multi_abnormality_labels.csv", files):
         begin_slices(args, settings)
         packs = {}
 
@@ -686,7 +693,7 @@ def run_ctclip(args) -> int:
     silent = ((table["findings"] == "") & (table["impression"] == "")).sum()
     unlabelled = (table[columns] == "").all(axis=1).sum()
     print(f"{n} volumes, {size:.1f} GB; {silent} have no report, {unlabelled} no labels ({csv} ...)", file=sys.stderr)
-    with output_folder(args.out):
+    with output_folder(args.out, "volumes.csv"):
         records, failed = convert_all(args, jobs, convert_ctclip, is_whole)
         table = table.assign(img_path=files).drop(columns=[*common.RESCALE_COLUMNS, *common.SPACING_COLUMNS])  # applied
         table = table[table["series_id"].isin(records.keys())]
@@ -758,10 +765,7 @@ def table_problems(table: pd.DataFrame, jobs: list[dict], path: Path) -> tuple[l
     for split in ("train", "val"):
         if split not in set(table["split"]):
             warnings.append(f"no row with split {split}")
-    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(common.group_of)
-    for patient, part in table.groupby(patients):
-        if part["split"].nunique() > 1:
-            errors.append(f"{path}: patient {patient} is in {' and '.join(sorted(set(part['split'])))} (results leak)")
+    errors += [f"{path}: {leak}" for leak in common.leaks(table)]
     gone = [job for job in jobs if not os.path.isfile(job["source"])]
     errors += [f"{job['source']}: no such file (volume {job['id']})" for job in gone]
     return errors, warnings
@@ -774,8 +778,8 @@ def run_check(args) -> int:
         raise UserError(f"{args.csv}: none of the 18 CT-RATE labels is a column (name yours with --label-columns)")
     errors, warnings = table_problems(table, jobs, args.csv)
     lines, label_warnings = label_report(table, columns, args.csv)
-    patients = table["patient_id"] if "patient_id" in table else table["series_id"].map(common.group_of)
-    print(f"{args.csv}: {len(table)} volumes of {patients.nunique()} patients", *lines, sep="\n")
+    patients = set(common.patients_of(table, "series_id"))
+    print(f"{args.csv}: {len(table)} volumes of {len(patients)} patients", *lines, sep="\n")
     warnings += label_warnings
     if args.read:
         records = {}

@@ -21,7 +21,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 import page
 import pictures
 from clinical import TARGETS, net_benefit, wilson_interval
-from common import UserError, calibration_bins, group_of, label_array, need_columns, need_file, read_table, run_main
+from common import UserError, calibration_bins, label_array, need_columns, need_file, patients_of, read_table, run_main
 from page import BLUE, GREY, ORANGE, esc, interval, number, panel, people, tile, unit_axes, why_undefined, write_page
 from subgroups import subgroup_section
 
@@ -46,6 +46,8 @@ def read_scores(predictions: Path, labels: Path, class_names=None, others=()):
     if class_names is None:
         class_names = [c for c in right.columns if c not in ("id", "patient_id", *others)]
         need_columns(right, [c.removesuffix("_prob") for c in left.columns if c.endswith("_prob")], labels)
+        if not class_names:
+            raise UserError(f"{labels}: has no label column (id, patient_id and one column a label are expected)")
     for name in class_names:
         if f"{name}_prob" not in left.columns:
             near = difflib.get_close_matches(f"{name}_prob", list(left.columns), 1, 0.7)
@@ -71,10 +73,7 @@ def read_scores(predictions: Path, labels: Path, class_names=None, others=()):
         raise UserError(f"{predictions}: row {row + 2}, column '{columns[k]}': '{cell}' is no probability (0 to 1)")
     probs = probs[pd.Index(left["id"]).get_indexer(right["id"])]
     targets = label_array(right, class_names, labels).astype(np.float64)
-    ids = list(right["id"])
-    patients = right["patient_id"] if "patient_id" in right else [""] * len(ids)
-    groups = [patient or group_of(case) for patient, case in zip(patients, ids, strict=True)]
-    return ids, groups, targets, probs, list(class_names)
+    return list(right["id"]), patients_of(right, "id"), targets, probs, list(class_names)
 
 
 def read_plain(path: Path) -> pd.DataFrame:

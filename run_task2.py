@@ -282,8 +282,7 @@ class CTSlices(Dataset):
         self.volume_of, names = table["volume_name"].factorize()
         self.volumes = [common.volume_name(name) for name in names]
         first = np.unique(self.volume_of, return_index=True)[1]
-        patient = table["patient_id"] if "patient_id" in table else table["volume_name"].map(common.group_of)
-        self.groups = patient.iloc[first].tolist()
+        self.groups = common.patients_of(table.iloc[first], "volume_name")
         self.volume_targets = volume_labels(args, table, self.volume_of, self.volumes, path)  # (n_volumes, K)
         self.targets = self.volume_targets[self.volume_of]  # (n_slices, K)
         order, ends = np.argsort(self.volume_of, kind="stable"), np.cumsum(np.bincount(self.volume_of))
@@ -358,7 +357,7 @@ class CTSlices(Dataset):
             try:
                 return self.image(index), index, bad
             except UserError:
-                if self.args.on_bad_sample == "fail":
+                if self.args.on_bad_sample == "fail" or (self.train and bad + 1 == len(self.files)):
                     raise
                 if not self.train:
                     break
@@ -535,7 +534,7 @@ def sampling_grid(theta: torch.Tensor, h: int, w: int) -> torch.Tensor:
     along_x, along_y, shift = theta[..., None].unbind(2)  # (N, 2, 1) each
     rows, columns, grid = along_y * y + shift, along_x * x, theta.new_empty(len(theta), h, w, 2)
     for i in (0, 1):  # in place: stacking costs more than all the rest
-        torch.add(rows[:, i, :, None], columns[:, i, None], out=grid[..., i])
+        grid[..., i] = rows[:, i, :, None] + columns[:, i, None]
     return grid
 
 
@@ -1132,7 +1131,7 @@ def forward_backward(net, micro_batches, criterion, scaler, autocast, ctx):
     ranks and micro-steps changes the result. Returns logs, averaged over micro-steps and ranks.
     """
     counts = torch.stack([criterion.count(b) for b in micro_batches]).to(ctx.device, torch.float32)
-    total = ctx.sum(counts.sum()).clamp(min=1) / ctx.world  # DDP divides the sum of gradients by the world size
+    total = ctx.sum(counts.sum()).clamp(min=1e-8) / ctx.world  # DDP divides the sum of gradients by the world size
     summed = {}
     for i, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
         batch = {k: v.to(ctx.device, non_blocking=True) for k, v in batch.items()}
@@ -1430,10 +1429,7 @@ def check_environment(args, ctx) -> None:
     outputs = [args.output_dir / "x"] if args.mode != "predict" else []
     outputs += [args.challenge_output] if args.challenge_input else []
     outputs += [args.predict_output or args.output_dir / "x"] if args.predict_input else []
-    for path in [*outputs, *([args.export] if args.export else [])]:
-        folder = next(p for p in path.resolve().parents if p.exists())
-        if not os.access(folder, os.W_OK) or not folder.is_dir():
-            raise UserError(f"{folder}: is not a folder that can be written to (for {path})")
+    common.need_writable([*outputs, args.export])
     if ctx.master:
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

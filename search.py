@@ -589,7 +589,9 @@ def sweep(args, argv=None) -> int:
     common.write_atomic(path, yaml.safe_dump(config, sort_keys=False))
     need_server(args, f"{path} is written, for 'wandb sweep' where W&B can be reached: a sweep")
     try:
-        sweep_id = wandb.sweep(config, entity=args.wandb_entity, project=project_of(args))
+        sent = {name: value for name, value in config.items() if name != "command"}  # which has paths
+        sent["program"] = Path(config["program"]).name
+        sweep_id = wandb.sweep(sent, entity=args.wandb_entity, project=project_of(args))
     except Exception as e:  # whatever wandb raises
         raise UserError(f"the sweep could not be started: {e} ({path} is written)") from e
     entity = f" --wandb-entity {args.wandb_entity}" if args.wandb_entity else ""

@@ -15,9 +15,10 @@ def names(path):
         elif words:
             yield re.split(r"[=<>!~;\[]", words[0])[0]
 
-def absent(name):
+def absent(name):  # or too old to load weights of strangers
     try:
-        return importlib.metadata.version(name) is None
+        version = importlib.metadata.version(name)
+        return name == "torch" and tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10)
     except importlib.metadata.PackageNotFoundError:
         return True
 

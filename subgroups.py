@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 import common
+from clinical import patients_with
 from common import UserError, need_columns, read_table, with_interval
-from page import FEW_POSITIVES, esc, interval, mark, number
+from page import FEW_POSITIVES, esc, interval, mark, number, rarer
 
-ID_COLUMNS = ("id", "series_id", "VolumeName", "FileID")
+ID_COLUMNS = ("id", "series_id", "VolumeName", "volume_name", "FileID")
 UNKNOWN = "unknown"  # no row, or a cell that says nothing, in any case of letters:
 NOTHING = ("", "na", "n/a", "nan", "none", "unknown", "-", "?")
 CODE = re.compile(r"0\d.*|\d{16,}")  # no number: 007 is not 7, and floats do not tell so many digits apart
@@ -128,7 +129,7 @@ def score_subgroups(cases, path, columns: list[str], n_resamples: int, seed: int
 
 
 def label_cell(cases, rows: np.ndarray, n_resamples: int, seed: int) -> tuple[dict, np.ndarray]:
-    """Numbers of some cases, and the AUROC of the labels (K, 1 + B), NaN for those with few cases."""
+    """Numbers of some cases, and the AUROC of the labels (K, 1 + B), NaN for those of few patients."""
     y, p, names = cases.targets[rows], cases.probs[rows], cases.class_names
     weights = common.bootstrap_weights(np.array(cases.groups)[rows], n_resamples, seed)
     given = y, p, [f"label{k}" for k in range(len(names))], cases.cut(p)
@@ -138,17 +139,18 @@ def label_cell(cases, rows: np.ndarray, n_resamples: int, seed: int) -> tuple[di
         keys = {m: prefix + m if prefix + m in arrays else m for m in METRICS if plain or prefix + m in arrays}
         return with_interval({metric: arrays[key] for metric, key in keys.items()})
 
-    positives, negatives, per_label = (y == 1).sum(0), (y == 0).sum(0), {}
+    patients, per_label = patients_with(y, np.array(cases.groups)[rows]), {}
     for k, name in enumerate(names):
-        sizes = {"n": positives[k] + negatives[k], "positives": positives[k]}
+        sizes = {"n": (y[:, k] >= 0).sum(), "positives": (y[:, k] == 1).sum()}
+        sizes |= {"positive_patients": patients[k, 1], "negative_patients": patients[k, 0]}
         per_label[name] = sizes | block(f"label{k}_")
-    enough = np.minimum(positives, negatives) >= FEW_POSITIVES
+    enough = patients.min(1) >= FEW_POSITIVES
     areas = np.stack([np.where(ok, arrays[f"label{k}_auroc"], np.nan) for k, ok in enumerate(enough)])
     return {"per_label": per_label, "macro": block("macro_", True), "micro": block("micro_")}, areas
 
 
 def largest_gap(areas: dict[str, np.ndarray]) -> dict | None:
-    """areas: value -> (K, 1 + B) AUROC of the labels, NaN where there are few cases; `subgroup_gaps` has the result."""
+    """areas: value -> (K, 1 + B) AUROC of the labels, NaN where patients are few; `subgroup_gaps` has the result."""
     best, pairs = None, list(itertools.combinations(enumerate(areas.items()), 2))
     for (i, (one, a)), (j, (other, b)) in pairs:
         both = ~np.isnan(a[:, 0] - b[:, 0])
@@ -171,10 +173,6 @@ def cell(row: dict, metric: str) -> str:
     if row[metric] is None:
         return '<td><span class="undefined">undefined</span></td>'
     return f"<td>{number(row[metric])}<small>{interval(row, metric)}</small></td>"
-
-
-def few_in(row: dict) -> bool:
-    return min(row["positives"], row["n"] - row["positives"]) < FEW_POSITIVES
 
 
 def subgroup_section(results: dict) -> str:
@@ -201,15 +199,15 @@ def subgroup_section(results: dict) -> str:
 def column_of_labels(name: str, values: dict, results: dict) -> str:
     rows, labels, metrics = "", "", ("auprc", "f1", "recall", "specificity")
     for value, row in values.items():
-        few = sum(map(few_in, row["per_label"].values()))
-        under = f"few cases of {few} of {len(row['per_label'])} labels" if few else ""
+        few = sum(rarer(its) < FEW_POSITIVES for its in row["per_label"].values())
+        under = f"few patients of {few} of {len(row['per_label'])} labels" if few else ""
         rows += f"<tr><td>{esc(value)}<small>{under}</small></td><td>{row['n']}</td><td>{row['n_patients']}</td>"
         rows += cell(row["macro"], "auroc") + f"<td>{mark(*map(row['macro'].get, AREA))}</td>"
         rows += "".join(cell(row["macro"], metric) for metric in metrics) + "</tr>\n"
     for label, whole in results["per_label"].items():
         labels += f"<tr><td>{esc(label)}</td>" + cell(whole, "auroc")
         for row in (row["per_label"][label] for row in values.values()):
-            few = f"<small>few: {row['positives']} of {row['n']}</small>" if few_in(row) else ""
+            few = f"<small>few: {row['positives']} of {row['n']}</small>" if rarer(row) < FEW_POSITIVES else ""
             labels += cell(row, "auroc").replace("</td>", few + "</td>") + "\n"
         labels += "</tr>\n"
     head = "".join(f"<th>{esc(value)}</th>" for value in values)
@@ -217,9 +215,9 @@ def column_of_labels(name: str, values: dict, results: dict) -> str:
 <th>Macro AUROC</th><th class="scale">0 – 0.5 – 1</th><th>Macro AUPRC</th><th>Macro F1</th><th>Macro sensitivity</th>
 <th>Macro specificity</th></tr></thead><tbody>{rows}</tbody></table></div>{gap_text(name, results)}
 <div class="scroll"><table><thead><tr><th>AUROC of a label</th><th>All</th>{head}</tr></thead><tbody>{labels}</tbody>
-</table></div><p class="sub">few: positives of all known; fewer than {FEW_POSITIVES} positive or negative cases are
-hardly evidence, whatever the interval. Macro numbers are over the labels that are defined in the row, which may be
-others in the next.</p>"""
+</table></div><p class="sub">few: positives of all known; fewer than {FEW_POSITIVES} patients with a positive, or with
+a negative, case are hardly evidence, whatever the interval. Macro numbers are over the labels that are defined in the
+row, which may be others in the next.</p>"""
 
 
 AREA = ("auroc", "auroc_low", "auroc_high")
@@ -229,12 +227,12 @@ def gap_text(name: str, results: dict) -> str:
     """The sentence on the largest gap of a column."""
     gap = results["subgroup_gaps"][name]
     if gap is None:
-        return f"<p>No two values have a label with {FEW_POSITIVES} positive and {FEW_POSITIVES} negative cases.</p>"
+        return f"<p>No two values have a label with {FEW_POSITIVES} patients of each sign.</p>"
     between = f", interval {number(gap['low'])} to {number(gap['high'])}".replace("-", "−") if "low" in gap else ""
-    labels = f"the {gap['n_labels']} label{'s' * (gap['n_labels'] > 1)} with at least {FEW_POSITIVES} positive and "
+    labels = f"the {gap['n_labels']} label{'s' * (gap['n_labels'] > 1)} with at least {FEW_POSITIVES} patients of each "
     text = (
         f"Largest gap of macro AUROC: {gap['higher']} above {gap['lower']} by {number(gap['gap'])}{between} (over "
-        f"{labels}{FEW_POSITIVES} negative cases in both)."
+        f"{labels}sign in both)."
     )
     if gap["n_pairs"] > 1:
         text += f" It is the largest of {gap['n_pairs']} pairs: it, and its interval, look larger than they are."

@@ -265,6 +265,10 @@ class Config(argparse.Namespace):
     read |= {"pretrained": lambda x: "none" if str(x).lower() in ("false", "no", "off", "0") else str(x)}
     read |= dict.fromkeys(("csv", "image_dir", "mask_dir", "split_file", "output_dir", "export", "journal"), Path)
 
+    def __init__(self, **given):
+        super().__init__(**given)
+        vars(self).update({name: value for name, value in given.items() if name == "image_size"})  # for any model
+
     def __getattr__(self, name):
         if name not in Config.names:
             raise AttributeError(name)
@@ -948,8 +952,7 @@ class Dino(nn.Module):
         known, n = self.embeddings.position_embeddings, math.isqrt(self.embeddings.position_embeddings.shape[1] - 1)
         if (h, w) == (n, n):
             return known
-        grid = known[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
-        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False).to(known.dtype)
+        grid = common.resize_bicubic(known[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2), h, w).to(known.dtype)
         return torch.cat([known[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, image):
@@ -1383,7 +1386,7 @@ def forward_backward(net, micro_batches, criterion, scaler, autocast, ctx):
     ranks and micro-steps changes the result. Returns logs, averaged over micro-steps and ranks.
     """
     counts = torch.stack([criterion.count(b) for b in micro_batches]).to(ctx.device, torch.float32)
-    total = ctx.sum(counts.sum()).clamp(min=1) / ctx.world  # DDP divides the sum of gradients by the world size
+    total = ctx.sum(counts.sum()).clamp(min=1e-8) / ctx.world  # DDP divides the sum of gradients by the world size
     summed = {}
     for i, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
         batch = {k: v.to(ctx.device, non_blocking=True) for k, v in batch.items()}
@@ -2058,10 +2061,7 @@ def check_environment(args, ctx) -> None:
     """Say what this runs on, and refuse before anything starts what would fail later."""
     if args.tensorboard and args.mode != "check" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed (pip install tensorboard, or --no-tensorboard)")
-    for path in [args.output_dir / "x", *([args.export] if args.export else [])]:
-        folder = next(p for p in path.resolve().parents if p.exists())
-        if not os.access(folder, os.W_OK) or not folder.is_dir():
-            raise UserError(f"{folder}: is not a folder that can be written to (for {path})")
+    common.need_writable([args.output_dir / "x", args.export])
     if args.scheduler == "plateau" and args.plateau_patience >= args.early_stopping_patience and ctx.master:
         print(f"warning: the rate falls after {args.plateau_patience + 1} evaluations without gain, but the run ends "
               f"after {args.early_stopping_patience} (--plateau-patience)", file=sys.stderr)  # fmt: skip

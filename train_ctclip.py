@@ -189,8 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv=None) -> argparse.Namespace:
     args = common.parse_with_config(build_parser(), argv)
     args.model_config, args.tokenizer, args.split = None, None, "valid"
-    args.epochs, args.max_steps = (args.epochs, 0) if args.epochs is not None else (1, args.max_steps)
+    words = sys.argv[1:] if argv is None else argv
+    if args.epochs is not None and not any(str(word).startswith("--max-steps") for word in words):
+        args.max_steps = 0  # that of a file, or the default
+    args.epochs = 1 if args.epochs is None else args.epochs
     common.check_positive(args)
+    common.need_writable([args.export])
     for name in ("grad_cache_chunk", "eval_samples", "label_loss_weight"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
@@ -1177,7 +1181,7 @@ def train(args, ctx):
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved
     compiling = ctx.device.type == "cuda" if args.compile is None else args.compile
     if compiling:
-        model.compile()
+        model.compile(options={"fallback_random": True})  # task: two passes of one chunk, the same dropout
     net, epoch = None, -1
     batches = iter(common.data_loader(train_set, sampler, args, ctx))
     flops = 3 * forward_flops(model, args) * args.batch_size * args.accum_steps if ctx.device.type == "cuda" else 0

@@ -221,6 +221,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.output_dir = args.output_dir or args.logs / args.name
     args.templates = read_templates(args.templates)
     common.check_positive(args)
+    common.need_writable([args.export])
     for name in ("grad_cache_chunk", "freeze_layers"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative")
@@ -1440,13 +1441,15 @@ def predict(model, dataset, ctx, say=None) -> dict:
             parts = torch.cat([torch.stack(parts, 1), eyes.float()], 1)  # (B, levels + eyes, embed)
             present = [batch["present"]] * (1 if model.monocular else 2)  # for left and right, and for the eyes
             seen = torch.cat([batch["bad"][:, None] == 0, *present], 1)  # (B, levels + eyes)
-            if not parts[seen].isfinite().all():
-                raise UserError("the model's outputs are not finite (--amp bf16 or none)")
-            rows.append(parts.masked_fill(~seen[..., None], math.nan).cpu())
+            lost = (seen & ~parts.isfinite().all(2)).any(1)  # (B,)
+            rows.append(torch.cat([parts.masked_fill(~seen[..., None], math.nan).flatten(1), lost[:, None]], 1).cpu())
         texts = text_features(model, dataset.texts, args, ctx)
         names = dataset.class_names
         classes = class_features(model, names, args, ctx) if names else torch.zeros(0, 1)
     rows = common.gather_rows(torch.cat(rows), torch.tensor(batches).flatten(), ctx)
+    if rows[:, -1].any():
+        raise UserError("the model's outputs are not finite (--amp bf16 or none)")
+    rows = rows[:, :-1].unflatten(1, parts.shape[1:])
     image, eyes = rows.split([len(model.levels), rows.shape[1] - len(model.levels)], 1)
     probs = np.zeros((len(rows), 0))
     if len(classes):
@@ -1598,7 +1601,7 @@ def train(args, ctx):
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved
     compiling = ctx.device.type == "cuda" if args.compile is None else args.compile
     if compiling:
-        model.compile()
+        model.compile(options={"fallback_random": True})  # task: two passes of one chunk, the same dropout
     net, epoch = None, -1
     batches = iter(common.data_loader(train_set, sampler, args, ctx))
     flops = 3 * forward_flops(model, args) * args.batch_size * args.accum_steps if ctx.device.type == "cuda" else 0

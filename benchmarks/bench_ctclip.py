@@ -549,7 +549,7 @@ def our_step_on(device, config, tokens, batch_size, chunk, checkpointing, compil
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]), common.peak_memory()
+    return min(seconds[1:]), common.peak_memory(device)
 
 
 def part_cuda(args) -> bool:
