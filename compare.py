@@ -308,6 +308,13 @@ def compare_labels(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dic
     return found | {"few": few}, {"n": len(order), "n_patients": len(set(groups)), "all_few": tested <= set(few)}
 
 
+def means_of_zones(a, b) -> np.ndarray:
+    """(Z, 1 + B) of a metric of both models -> (2, 1 + B), over the zones where both are defined: kappa is undefined
+    for a model that says only the class that is there, and would be 0 for one that errs once."""
+    both = np.array([a, b])
+    return common.mean_defined(np.where(np.isnan(both).any(0), np.nan, both), 1)
+
+
 def compare_zones(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict, dict]:
     """The same of zone scores."""
     order = np.argsort(a.zones["films"].ids.astype(str), kind="stable")
@@ -322,14 +329,10 @@ def compare_zones(a: Cases, b: Cases, n_resamples: int, seed: int) -> tuple[dict
         right = [(its.severity == truth)[graded[:, k], k] for its in films]
         zones[zone]["mcnemar"] = right_or_wrong(*right)
     with_holm([row["mcnemar"] for row in zones.values()])
-    means = [{}, {}]
-    for m in GRADED:  # over the zones where both are defined: kappa is not where no class but one is seen and said
-        values = np.array([[zone[m] for zone in some] for some in (one, other)])  # (2, Z, 1 + B)
-        gone = np.isnan(values).any(0)
-        means[0][m], means[1][m] = common.mean_defined(np.where(gone, np.nan, values), 1)
+    means = {m: means_of_zones(*([zone[m] for zone in some] for some in (one, other))) for m in GRADED}
     both = ~np.isnan(films[0].csi) & ~np.isnan(films[1].csi)
     agreed = [common.agreement(its.csi[both], its.true_csi[both], weights[both]) for its in films]
-    found = {"zone_means": {m: compared(means[0][m], means[1][m]) for m in GRADED}}
+    found = {"zone_means": {m: compared(*pair) for m, pair in means.items()}}
     found["csi"] = {m: compared(agreed[0][m], agreed[1][m]) for m in ("mae", "icc")}
     few = [zone for zone, n in zip(script.ZONES, graded.sum(0), strict=True) if n < FEW_POSITIVES]
     return found | {"zones": zones, "few": few}, {"n": len(order), "n_patients": len(set(groups)), "all_few": False}

@@ -1289,7 +1289,7 @@ def train(args, ctx):
     # ---- 4. compile in place (keeps key names); `net` runs, `model` is saved
     compiling = ctx.device.type == "cuda" if args.compile is None else args.compile
     if compiling:
-        model.compile()
+        model.compile(options={"fallback_random": True})  # dropout as without: the same in both passes of a chunk
     net, epoch = None, -1
     batches = iter(common.data_loader(train_set, sampler, args, ctx))
     flops = 3 * forward_flops(model, args) * args.batch_size * args.accum_steps if ctx.device.type == "cuda" else 0

@@ -216,6 +216,7 @@ def test_a_better_model_is_supported_and_noise_is_not(tmp_path, drawn_once):
         ((0.1, 0.02, 0.2), 12, True, "too few cases", "12 patients.*too few patients"),
         ((0.1, None, None), 100, False, "no interval", "--no-bootstrap"),
         ((np.nan, np.nan, np.nan), 100, True, "undefined", "cannot be compared"),
+        ((0.1, np.nan, np.nan), 100, True, "undefined", "cannot be compared"),
         ((0.0, 0.0, 0.0), 100, True, "the same", "the same in A and B"),
     ],
 )
@@ -507,6 +508,16 @@ def test_zones(score, tmp_path, monkeypatch):  # noqa: F811
     assert len(pd.read_csv(tmp_path / "out" / "predictions_b.csv")) == 59
 
 
+def test_a_zone_without_kappa_in_one_model_is_in_no_mean():
+    """A zone of one class: A errs once (kappa 0), B never (undefined); the others are equal, and so are A and B."""
+    a, b = np.full((6, 4), 0.8), np.full((6, 4), 0.8)
+    a[2], b[2] = 0, np.nan
+    assert compare.means_of_zones(a, b) == pytest.approx(np.full((2, 4), 0.8))
+    b[2, 1:] = 0.3  # defined in the resamples
+    assert compare.means_of_zones(a, b)[:, 0] == pytest.approx([0.8, 0.8])
+    assert compare.means_of_zones(a, b)[:, 1] == pytest.approx([4 / 6, 4.3 / 6])
+
+
 # ---- Subgroups
 
 
@@ -678,7 +689,8 @@ def test_two_checkpoints(world, ct_world, tmp_path, capsys):  # noqa: F811
     pair = ["--compare", ct_world / "model.pt", ct_world / "head.pt"]
     results = world(*pair, "--valid-data", ct_world / "test.csv")
     models, name = results["models"], "Cardiomegaly"
-    assert results["evaluated"] == "model.pt, zero-shot against head.pt" and results["n"] == 40 and not results["notes"]
+    assert results["evaluated"] == "model.pt, zero-shot against head.pt" and results["n"] == 40
+    assert [note[:22] for note in results["notes"]] == ["Fewer than 10 patients"]
     assert [models[which]["per_label"][name]["threshold"] for which in "AB"] == [0.5, 0.25]
     for which, file in (("A", "model.pt"), ("B", "head.pt")):
         assert results["provenance"][f"{which}_checkpoint"]["sha256"] == common.file_sha256(ct_world / file)

@@ -482,8 +482,7 @@ def test_a_full_disk_in_the_journal(hyperopt, home, monkeypatch, capsys):
     monkeypatch.setattr(backend, "append_logs", full)
     assert hyperopt("--n-trials", 3) == 2
     assert error_of(capsys) == "error: hyperopt/study.journal: No space left on device (--journal)"
-    monkeypatch.undo()
-    os.chdir(home)
+    monkeypatch.setattr(backend, "append_logs", whole)
     assert hyperopt("--n-trials", 3) == 0
     assert [t.state.name for t in study_of().trials] == ["COMPLETE"] * 3
 
@@ -683,7 +682,8 @@ def test_sweep_online(toy, server, capsys):
     words = ["--mode", "sweep", "--wandb-project", "p", "--wandb-entity", "me", "--epochs", 9, "--output-dir", "out"]
     assert call(toy, *words, "--search-params", "lr", "dropout_rate", "batch_size", "loss") == 0
     config = yaml.safe_load(Path("out/wandb_sweep.yaml").read_text())
-    assert server.calls == [(config, "me", "p")]
+    sent = {name: value for name, value in config.items() if name != "command"} | {"program": "train_toy.py"}
+    assert server.calls == [(sent, "me", "p")]  # and no path of the command line
     assert config["method"] == "bayes" and config["metric"] == {"name": "val/qwk", "goal": "maximize"}
     assert config["early_terminate"] == {"type": "hyperband", "min_iter": 2, "eta": 3}
     assert config["parameters"] == {

@@ -371,6 +371,10 @@ def test_volume_options_and_groups():
         volume_options({"RescaleSlope": "1", "RescaleIntercept": ""})
     assert group_of("train_1_a_2") == group_of("train_1_b_1.nii.gz") == "train_1"
     assert group_of("train_12_a_2") == "train_12" and group_of("valid_1_a_1") == "valid_1"
+    assert group_of("site_1_ct_7") == "site_1_ct_7"  # a site is no patient
+    table = pd.DataFrame({"patient_id": ["p", " ", ""], "name": ["train_1_a_1", "train_2_a_1", "CT9"]})
+    assert common.patients_of(table, "name") == ["p", "train_2", "CT9"]
+    assert common.patients_of(table[["name"]], "name") == ["train_1", "train_2", "CT9"]
     assert group_of("train_3_a_2.mha") == "train_3" and group_of("CT001") == "CT001" and group_of("scan_1") == "scan_1"
 
 

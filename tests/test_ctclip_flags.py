@@ -205,11 +205,21 @@ def test_label_loss(tiny_reports, tmp_path):
     assert logs["label_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_epochs_replace_max_steps(tiny_reports):
-    args = parsed(tiny_reports, "--max-steps", 7)
-    assert (args.max_steps, args.epochs) == (7, 1)
-    args = parsed(tiny_reports, "--max-steps", 7, "--epochs", 2)
-    assert (args.max_steps, args.epochs) == (0, 2)
+def test_epochs_replace_max_steps(tiny_reports, tmp_path):
+    """Of a file, and of the default; on the command line --max-steps decides, as in the other scripts."""
+    (tmp_path / "c.yaml").write_text("max_steps: 7")
+    config = ["--config", tmp_path / "c.yaml"]
+    for words, expected in (
+        (["--max-steps", 7], (7, 1)),
+        (config, (7, 1)),
+        (["--epochs", 2], (0, 2)),
+        ([*config, "--epochs", 2], (0, 2)),
+        (["--max-steps", 7, "--epochs", 2], (7, 2)),
+    ):
+        given = report_args(tiny_reports, "unused", *words)[1:]
+        first = given.index("--max-steps")  # of the fixture
+        args = ctclip.parse_args([str(w) for w in given[:first] + given[first + 2 :]])
+        assert (args.max_steps, args.epochs) == expected, words
 
 
 def test_weight_decay_spares_norms_biases_scales_and_positions(tiny_reports):

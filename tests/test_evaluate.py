@@ -154,6 +154,19 @@ def test_patients_are_resampled_together(tmp_path):
     assert width[1] == pytest.approx(width[0], rel=0.02)
 
 
+def test_a_label_table_of_the_data_is_not_overwritten(tmp_path, capsys):
+    """labels.csv of a data set in the output folder; that of an earlier evaluation is replaced."""
+    make_files(tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "labels.csv").write_text("image,score\n")
+    score(tmp_path, code=2)
+    assert "labels.csv is of no evaluation" in capsys.readouterr().err
+    assert (tmp_path / "eval" / "labels.csv").read_text() == "image,score\n"
+    (tmp_path / "eval" / "labels.csv").unlink()
+    score(tmp_path)
+    score(tmp_path)
+
+
 def edit(table, row, column, value):
     table = table.astype(object)
     table.loc[row, column] = value
@@ -172,6 +185,7 @@ MISTAKES = {
     "typo": (lambda p, t: (p.rename(columns={"never_prob": "nevr_prob"}), t), "'nevr' is missing .*mean 'never'"),
     "no_prob": (lambda p, t: (p.drop(columns="never_prob"), t), "column 'never' has no 'never_prob' in .*preds.csv"),
     "meta": (lambda p, t: (p, t.assign(split="val")), "column 'split' has no 'split_prob'.*--label-columns"),
+    "no_labels": (lambda p, t: (p[["id"]], t[["id"]]), "labels.csv: has no label column"),
     "no_id": (lambda p, t: (p.rename(columns={"id": "series"}), t), "preds.csv: column 'id' is missing"),
 }  # fmt: skip
 
@@ -195,6 +209,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, kind):
         (["--predictions", "no.csv", "--labels", "no.csv"], "no.csv: no such file"),
         (["--predictions", "a.csv", "--labels", "b.csv", "--threshold", "3"], "not a probability"),
         (["--predictions", "a.csv", "--labels", "b.csv", "--n-bootstrap", "0"], "--no-bootstrap"),
+        (["--predictions", "a.csv", "--labels", "b.csv", "--seed", "-1"], "--seed must not be negative"),
         (["--test-only", "no.pth"], "no.pth: no such checkpoint"),
         (["--test-only", "a.pth", "--label-columns", "x"], "the labels of a checkpoint are fixed"),
         (["--predictions", "a.csv", "--labels", "b.csv", "--split", "test"], "--split: needs a checkpoint"),

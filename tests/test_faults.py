@@ -550,12 +550,7 @@ def trained(poisoned):
 
 
 def copy_of(folder: Path, target: Path) -> Path:
-    """Large files are links: whoever writes into one, in place of replacing it, is found out."""
-
-    def copy(a, b):
-        os.link(a, b) if os.path.getsize(a) > 200_000 else shutil.copy2(a, b)
-
-    return shutil.copytree(folder, target, copy_function=copy)
+    return shutil.copytree(folder, target)  # with the times of the files, by which `auto` chooses
 
 
 def damage(path: Path, content: bytes) -> None:
@@ -611,6 +606,29 @@ def test_nan_on_one_rank_is_skipped_on_both(script, zygote, tmp_path):
     assert all(torch.equal(one[k], other[k]) and one[k].isfinite().all() for k in parameters)
 
 
+FAILS = """
+common.leave_at_once = lambda: True
+def compute_loss(net, batch, criterion, whole=script.compute_loss):
+    if os.environ["RANK"] == "1":
+        raise %s
+    return whole(net, batch, criterion)
+script.compute_loss = compute_loss
+"""
+
+
+@pytest.mark.parametrize("error, code, line", [
+    ("common.UserError('what went wrong')", 2, "error: what went wrong"),
+    ("ZeroDivisionError('unknown')", 1, "ZeroDivisionError: unknown"),
+])  # fmt: skip
+def test_a_rank_that_fails_says_so_and_leaves(request, zygote, tmp_path, error, code, line):
+    """As with NCCL, whose group must not be left in order by one rank: that would wait for the others."""
+    words = script_of(request, "siglip").words(tmp_path / "run", "--max-steps", 2)
+    children = zygote.start(words, tmp_path / "text", 2, FAILS % error)
+    assert [child.wait() for child in children] == [1, code]
+    assert line in children[1].text.splitlines() and "another rank ended" in children[0].text
+    injected()
+
+
 FP16 = ["--amp", "fp16", "--eval-every", 1000, "--save-every", 1, "--max-bad-steps", 2]
 
 
@@ -658,6 +676,26 @@ def test_damaged_checkpoints(script, trained, tmp_path, capsys):
         damage(path, b"PK")
     assert script.call(out, *CONTINUED, "--max-steps", 6) == 2
     said(capsys)
+
+
+def test_a_run_goes_on_from_an_older_checkpoint(request, trained, tmp_path, capsys):
+    """--resume FILE gives the later one up: `auto` does not go back to it, and the next save keeps what was chosen.
+    The same where the later one is damaged: the whole one is not replaced by it."""
+    script = script_of(request, "siglip")
+    for kind in ("given up", "damaged"):
+        out = copy_of(trained(script), tmp_path / kind)
+        last = script.last(out)
+        previous = common.previous_of(last)
+        content, step = previous.read_bytes(), common.load_checkpoint(previous)["state"]["step"]
+        if kind == "damaged":
+            damage(last, b"PK")
+        for resume in ("auto" if kind == "damaged" else previous, "auto"):  # twice, as if killed before a save
+            args = script.module.parse_args(script.words(out, "--resume", resume)[1:])
+            assert common.find_resume(args, script.module.LAST)["state"]["step"] == step == 5
+        assert last.read_bytes() == (b"PK" if kind == "damaged" else (trained(script) / last.name).read_bytes())
+        assert script.call(out, *CONTINUED, "--max-steps", 6) == 0
+        assert previous.read_bytes() == content and script.state(out)["state"]["step"] == 6
+        assert_same_run(trained(script), out, script.module)
 
 
 @contextlib.contextmanager

@@ -340,7 +340,12 @@ def test_foreign_pickles_never_run(tiny_ct, tmp_path, capsys):
         (lambda t: t.drop(columns="img_path"), "column 'img_path' is missing"),
         (lambda t: t.assign(first=t["first"].replace("1", "2")), "row 3, column 'first': '2' is no label"),
         (lambda t: t.assign(series_id="x"), "row 3: series_id x comes twice"),
-        (lambda t: t.assign(patient_id="p"), "patient p is in train and in val"),
+        (lambda t: t.assign(patient_id="p"), "patient p is in test and train and val (results leak)"),
+        (
+            lambda t: t.assign(patient_id=["p", *t.index[1:-1].astype(str), "p"], split=[*t["split"][:-1], "test"]),
+            "patient p is in test and train (results leak)",
+        ),
+        (lambda t: t.assign(patient_id="", split=[*t["split"][:-1], "gone"], first="7"), "column 'first': '7'"),
         (lambda t: t.assign(split="train"), "no row has split 'val'"),
         (lambda t: t.assign(img_path="gone.npz"), "gone.npz: no such volume"),
         (lambda t: t.assign(img_path=""), "row 2: img_path is empty"),
@@ -366,6 +371,13 @@ def test_bad_arguments_end_in_one_line(tiny_ct, tmp_path, capsys):
         (["--freeze-up-to", 99], "the backbone has 25 layers"),
         (["--device", "gpu"], "device 'gpu' is not known"),
         (["--data-root", tmp_path], "no such volume"),
+        (["--num-slices", 0], "--num-slices must be at least 1"),
+        (["--image-size", 4], "--image-size 4: smaller than a patch"),
+        (["--slice-chunk", -1], "--slice-chunk must be at least 0"),
+        (["--drop-path", 1], "--drop-path must be at least 0 and below 1"),
+        (["--seed", -1], "--seed must not be negative"),
+        (["--max-pos-weight", 0], "--max-pos-weight must be at least 1"),
+        (["--export", tiny_ct / "t.csv" / "x.pt"], "is not a folder that can be written to"),
     ):
         assert call(*base, "--overwrite", *more) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

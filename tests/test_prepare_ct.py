@@ -235,9 +235,26 @@ def test_only_what_changed_is_done_again(tree):
     assert redone() == []
 
 
+def test_labels_and_splits_of_ones_own(tree):
+    """--label-columns; the columns patient_id and split of the label table reach the CSV of the training."""
+    own = read(tree / "labels.csv")[["VolumeName"]].assign(fracture=["1", "0", "", "-1", "1"], patient_id=list("aabcd"))
+    own.assign(split=["test", "test", "train", "val", "valid"]).to_csv(tree / "labels.csv", index=False)
+    with pytest.raises(UserError, match="column 'Medical material' is missing"):
+        prepare(*volumes_command(tree))
+    assert prepare(*volumes_command(tree), "--label-columns", "fracture") == 0
+    table = read(tree / "npz" / "all_ct_wlabels.csv")
+    assert list(table.columns) == ["series_id", "split", "img_path", "fracture", "patient_id"]
+    assert table["split"].tolist() == ["test", "test", "train", "val", "val"]
+    assert table["fracture"].tolist() == ["1", "0", "", "", "1"] and table["patient_id"].tolist() == list("aabcd")
+    (tree / "labels.csv").rename(tree / "npz" / "all_ct_wlabels.csv")
+    with pytest.raises(UserError, match="is read, and would be overwritten"):
+        words = ["volumes", "--nifti-dir", tree / "dataset", "--out", tree / "npz"]
+        prepare(*words, "--labels", tree / "npz" / "all_ct_wlabels.csv", "--label-columns", "fracture")
+
+
 def test_two_runs_into_one_folder_are_refused(tree, monkeypatch):
     monkeypatch.setattr(prepare_ct.time, "sleep", lambda seconds: None)
-    with prepare_ct.output_folder(tree / "npz"):
+    with prepare_ct.output_folder(tree / "npz", "x.csv"):
         with pytest.raises(UserError, match="another run"):
             prepare(*volumes_command(tree))
 
@@ -349,7 +366,7 @@ def test_flags_that_do_not_fit(tree):
         with pytest.raises(UserError, match=match):
             prepare(*csv, *words)
     prepare(*csv)
-    with pytest.raises(UserError, match="overwritten by its own copy"):
+    with pytest.raises(UserError, match="would be overwritten"):
         prepare("cache", "--csv", tree / "cache" / "volumes.csv", "--out", tree / "cache")
     np.savez(tree / "npz" / "train_1_a_1.npz", image=chest())
     with pytest.raises(UserError, match=r"train_1_a_1.npz: slices a number of mm apart need the volume's spacing"):

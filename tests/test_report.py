@@ -166,10 +166,11 @@ def test_wrong_files_are_one_line(evaluated, tmp_path, capsys):
 
 
 def test_failed_cases_come_first():
-    row = {"n": 5, "positives": 0, "auroc": None}
+    row = {"n": 5, "positives": 0, "positive_patients": 0, "negative_patients": 5, "auroc": None}
     results = {
         "failed": [{"id": "<b>", "reason": "no such file"}], "n": 6, "notes": ["These are the validation cases"],
-        "per_label": {"a": row, "b": {**row, "positives": 5}, "c": {**row, "n": 0}}, "interval": None,
+        "per_label": {"a": row, "b": row | {"positives": 5, "negative_patients": 0}, "c": {**row, "n": 0}},
+        "interval": None,
     }  # fmt: skip
     said = warnings_of(results)
     assert said[0] == "1 of 6 cases failed to load and are in no number: <b> (no such file)"

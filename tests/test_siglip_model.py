@@ -575,3 +575,17 @@ def test_a_hub_id_without_network_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="google/siglip-none: could not be fetched from the hub"):
         common.load_weights("google/siglip-none")
+
+
+@pytest.mark.parametrize("size", [(5, 9), (14, 14), (3, 2)])
+def test_positions_are_resized_as_by_interpolate(size):
+    """common.resize_bicubic: values, and the gradient that torch has no deterministic kernel for on CUDA."""
+    grid = torch.randn(2, 8, 7, 6, requires_grad=True)
+    slope = torch.randn(2, 8, *size)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):  # which rounds matrix products
+            ours = common.resize_bicubic(grid, *size)
+        theirs = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+        both = [torch.autograd.grad((x * slope).sum(), grid)[0] for x in (ours, theirs)]
+        torch.testing.assert_close(*both, rtol=0, atol=5e-6)

@@ -248,6 +248,21 @@ def test_flags_of_slices(tree, capsys):  # noqa: F811
     assert read(tree / "by_column" / "splits" / "train_slices.csv")["volume_name"].nunique() == 4
 
 
+def test_other_columns_of_slices(tree, capsys):  # noqa: F811
+    """What is no label is named, what --label-columns names is one; the table that is read stays as it is."""
+    data = tree / "dataset"
+    table = read(tree / "labels.csv").assign(age="60", Pneumothorax=["1", "0", "", "0", "1"])
+    table.to_csv(data / "multi_abnormality_labels.csv", index=False)
+    words = ["slices", "--data-dir", data, "--image-size", 16, "--strategy", "best_slice", "--no-slice-files"]
+    assert prepare(*words, "--out", tree / "a") == 0
+    assert "not taken as labels: age, Pneumothorax (--label-columns)" in capsys.readouterr().err
+    assert prepare(*words, "--out", tree / "b", "--label-columns", "Pneumothorax") == 0
+    assert read(tree / "b" / "multi_abnormality_labels.csv")["Pneumothorax"].tolist() == ["1", "0", "", "0", "1"]
+    with pytest.raises(UserError, match="multi_abnormality_labels.csv: is read, and would be overwritten"):
+        prepare(*words, "--out", data)
+    pd.testing.assert_frame_equal(read(data / "multi_abnormality_labels.csv"), table)
+
+
 def test_labels_are_found_in_a_ct_rate_folder(tree):  # noqa: F811
     """multi_abnormality_labels.csv at the top, or the folder of the same name as published; -1 becomes empty."""
     labels = read(tree / "labels.csv")

@@ -392,3 +392,22 @@ def test_evaluation_of_a_copied_table_says_what_was_trained_on(tiny_films, train
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["n"] == 26  # of every split, since none was named
     assert "16 of 26 films have the FileID of one that the model was trained on" in results["notes"]
+
+
+def test_a_given_image_size_stays(monkeypatch):
+    """Also one that is another model's default; in a notebook the size follows the model until it is set."""
+    for words, size in (
+        (["--model", "RadDINO", "--image-size", "224"], 224),
+        (["--model", "RadDINO"], 518),
+        (["--image-size", "518"], 518),
+        ([], 224),
+    ):
+        args = csi.parse_args(words)
+        assert args.image_size == size
+        saved = {"args": common.plain_args(args)}
+        assert csi.args_from_checkpoint(saved).image_size == size
+    args.model = "RadDINO"
+    assert args.image_size == 518
+    args.image_size = 224
+    args.dropout_rate = 0.1
+    assert csi.args_from_checkpoint({"args": common.plain_args(args)}).image_size == 224
