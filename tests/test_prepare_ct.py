@@ -178,7 +178,7 @@ def test_a_stopped_run_continues(many, stop):
         return ["prepare_ct.py", "cache", "--csv", many / "t.csv", "--out", many / out, "--num-slices", 64,
                 "--image-size", 128, "--num-workers", 2]  # fmt: skip
 
-    run(*command("whole"))
+    prepare(*command("whole")[1:])
     process = subprocess.Popen(
         [sys.executable, *map(str, command("cut"))], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )

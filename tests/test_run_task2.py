@@ -17,6 +17,7 @@ import torch
 from conftest import LABELS, ROOT, Evil, assert_same_run, run, slice_args, start_and_kill
 
 import common
+import evaluate
 import run_task2 as task2
 
 LOGS = "logs/multi_abnormality_classification"
@@ -26,6 +27,11 @@ LABEL_FILE, SLICE = "multi_abnormality_labels.csv", "slices/train/case{}.nii.gz_
 def call(*words):
     """Run in this process: exit code, as run_main gives it."""
     return common.run_main(lambda: task2.main([str(w) for w in words[1:]]))
+
+
+def score(*words):
+    """evaluate.py in this process."""
+    return common.run_main(lambda: evaluate.main([str(w) for w in words]))
 
 
 def approx_row(row):
@@ -484,8 +490,8 @@ def test_unreadable_slices(tiny_slices, tmp_path, capsys):
     assert "case17.nii.gz_slice_000" in error_of(capsys)
     (folder / "slices" / "valid" / "case17.nii.gz_slice_000.npy").unlink()
     assert call(*evaluate, "--num-workers", 0) == 2 and "no such slice (1 of 21" in error_of(capsys)
-    words = ["evaluate.py", "--test-only", tmp_path / "skip" / task2.BEST, "--output", tmp_path / "e", "--no-bootstrap"]
-    run(*words, "--num-workers", 0, check=3)
+    words = ["--test-only", tmp_path / "skip" / task2.BEST, "--output", tmp_path / "e", "--no-bootstrap"]
+    assert score(*words, "--num-workers", 0) == 3
     notes = json.loads((tmp_path / "e" / "results.json").read_text())["notes"]
     assert "3 slices could not be read" in notes[-1]
 
@@ -712,9 +718,10 @@ def test_prediction_uses_no_shared_memory(on_volumes, volumes, monkeypatch):
     assert set(os.listdir("/dev/shm")) <= before
 
 
-def test_evaluate_py_takes_the_checkpoint(trained, tiny_slices, tmp_path):
+def test_evaluate_py_takes_the_checkpoint(trained, tiny_slices, tmp_path, capsys):
     """evaluate.py: volumes as cases, patients as groups, the same numbers as --mode evaluate."""
-    run("evaluate.py", "--test-only", trained / "checkpoints" / "best.ckpt", "--output", tmp_path, "--n-bootstrap", 50)
+    checkpoint = ["--test-only", trained / "checkpoints" / "best.ckpt"]
+    assert score(*checkpoint, "--output", tmp_path, "--n-bootstrap", 50) == 0
     files = (tmp_path / "predictions.csv", trained / "results/volume_predictions.csv")
     table, its = (pd.read_csv(path) for path in files)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -724,8 +731,9 @@ def test_evaluate_py_takes_the_checkpoint(trained, tiny_slices, tmp_path):
     assert table.filter(regex="id|_prob").equals(its.filter(regex="id|_prob"))
     assert "<html" in (tmp_path / "report.html").read_text()
     words = ["--slice-dir", tiny_slices, "--split", "train", "--output", tmp_path / "train", "--no-bootstrap"]
-    run("evaluate.py", "--test-only", trained / "checkpoints" / "best.ckpt", *words)
+    words += ["--subgroup", "volume_name"]  # of the table of slices, which has no ids of volumes but these
+    assert score(*checkpoint, *words) == 0
     results = json.loads((tmp_path / "train" / "results.json").read_text())
     assert results["n"] == 16 and "trained on these cases" in results["notes"][0]
-    bad = run("evaluate.py", "--test-only", trained / "checkpoints" / "best.ckpt", "--csv", "x.csv", check=2)
-    assert "--csv" in bad.stderr
+    assert [group["n"] for group in results["subgroups"]["volume_name"].values()] == [1] * 16
+    assert score(*checkpoint, "--csv", "x.csv") == 2 and "--csv" in error_of(capsys)

@@ -317,6 +317,7 @@ def test_optimization_flags(tiny_slices, tmp_path):
     assert state["lr_factor"] == pytest.approx(0.1**stale)
     assert all(torch.equal(v, saved["ema"][k]) for k, v in saved["model"].items())
     more = ["--overwrite", "--lr", 0, "--epochs", 9, "--early-stopping-patience", 1, "--monitor", "macro_f1"]
+    more += ["--eval-every", 1]
     assert call(*slice_args(tiny_slices, tmp_path, *more)) == 0
     assert state_of(tmp_path)["step"] < 45
     norms = {}
