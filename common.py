@@ -405,11 +405,6 @@ def weighted_auroc(y, s, w, rows=None) -> np.ndarray:
     return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w), rows)[0]
 
 
-def weighted_average_precision(y, s, w) -> np.ndarray:
-    """Area under the precision-recall steps, arguments as in `weighted_auroc` -> (B,); NaN without a positive."""
-    return _rank_metrics(np.asarray(y, bool), np.asarray(s, np.float64), _by_resample(w))[1]
-
-
 def crg_score(targets, predictions) -> float:
     """Clinically relevant gain of binary predictions, (n, K) over all labels together (VLM3D challenge, crg_score.py).
 
