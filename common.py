@@ -1160,7 +1160,8 @@ def pick_device(requested: str = "auto", local_rank: int | None = None) -> torch
 
 @contextlib.contextmanager
 def process_group(device: str = "auto", timeout_minutes: float = 30):
-    """Join the group that torchrun describes in the environment (or run alone), and leave it whatever happens."""
+    """Join the group that torchrun describes in the environment (or run alone), and leave it, but not after an error:
+    NCCL would wait for ranks that never leave. `run_main` then ends the process."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = pick_device(device, int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None)
     cpu_group = None
@@ -1171,16 +1172,9 @@ def process_group(device: str = "auto", timeout_minutes: float = 30):
         how = {"store": _own_store(world, timeout), "rank": rank, "world_size": world} if _is_restart() else {}
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout, **how)
         cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-    try:
-        yield Context(rank, world, chosen, cpu_group)
-    finally:
-        if world > 1 and not (sys.exc_info()[0] and leave_at_once()):
-            dist.destroy_process_group()
-
-
-def leave_at_once() -> bool:
-    """Whether a process that failed must not leave its group in order: NCCL would wait for ranks that never come."""
-    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+    yield Context(rank, world, chosen, cpu_group)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def _is_restart() -> bool:
@@ -3236,20 +3230,19 @@ def run_main(main) -> int:
         if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
             raise UserError(f"torch {torch.__version__}: crafted weights can run code in it (2.10 or newer is needed)")
         return main() or 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 2
-    except Exception as e:
-        line, code = known_trouble(e), 1
-        if line is None and not leave_at_once():
+    except (Exception, KeyboardInterrupt) as e:
+        line, code = (str(e), 2) if isinstance(e, UserError) else (known_trouble(e), 1)
+        in_group = dist.is_available() and dist.is_initialized()
+        if line is None and not in_group:
             raise
         print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
-    for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, before)
-    if leave_at_once():
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
+        for child in multiprocessing.active_children():  # data workers that the failed run's frames still hold
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, before)
+        if in_group:  # at once: to free DDP while a reduction is under way can wait for ever, and so can its group
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code

@@ -103,7 +103,6 @@ def run_job(job: dict, rank: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     if job["copy"] and rank == 0:
         shutil.copytree(job["copy"], out)
-    originals = module.build_model, module.forward_backward, module.finish
     if job["plant"]:
         plant(job["plant"], module, rank)
     planted = module.forward_backward
@@ -115,7 +114,15 @@ def run_job(job: dict, rank: int) -> None:
 
     module.forward_backward = recorded
     module.finish = lambda *more: more[-1].close() or 0  # the best model and its thresholds are no matter here
-    text = Path(f"{out}.{rank}.txt")
+    text, leave = Path(f"{out}.{rank}.txt"), os._exit
+
+    def leave_with(code):  # a rank that fails ends here
+        sys.stdout.flush()
+        result = {"code": code, "losses": losses, "text": text.read_text()}
+        Path(f"{out}.{rank}.json").write_text(json.dumps(result))
+        leave(0)
+
+    os._exit = leave_with
     with text.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -124,23 +131,18 @@ def run_job(job: dict, rank: int) -> None:
         except Exception:
             traceback.print_exc()
             code = 1
-        sys.stdout.flush()
-    module.build_model, module.forward_backward, module.finish = originals
-    result = {"code": code, "losses": losses, "text": text.read_text()}
-    Path(f"{out}.{rank}.json").write_text(json.dumps(result))
+        leave_with(code)
 
 
 def run_stages(stages: list[list[dict]]) -> None:
-    """Each stage: the ranks of one world size, forked, with one run after the other."""
-    for jobs in stages:
+    """One run after the other, its ranks forked."""
+    for job in [job for jobs in stages for job in jobs]:
         children = []
-        for rank in range(jobs[0]["world"]):
+        for rank in range(job["world"]):
             pid = os.fork()
             if pid == 0:
-                hold_still({sys.modules[job["script"]] for job in jobs})
-                for job in jobs:
-                    run_job(job, rank)
-                os._exit(0)
+                hold_still({sys.modules[job["script"]]})
+                run_job(job, rank)
             children.append(pid)
         for pid in children:
             os.waitpid(pid, 0)
