@@ -129,7 +129,7 @@ def temporaries(folder) -> list[Path]:
 ZYGOTE = """
 import json, os, sys, time
 sys.path[:0] = [%r]
-import common, evaluate, finetune_siglip, run_task2, train_csi, train_ctclip, train_retclip
+import common, evaluate, finetune_siglip, prepare_ct, prepare_retclip, run_task2, train_csi, train_ctclip, train_retclip
 common.EVAL_THREADS = 1
 print("ready", flush=True)
 for line in sys.stdin:
@@ -145,7 +145,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 os.setsid()
-for number, path in enumerate([os.devnull, job["text"], job["text"]]):
+for number, path in enumerate([os.devnull, job["out"], job["text"]]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
 os.environ.update(job["env"])
 script = sys.modules[job["words"][0].removesuffix(".py")]
@@ -167,13 +167,14 @@ class Zygote:
         self.process.stdin.flush()
         return self.process.stdout.readline().strip()
 
-    def start(self, words, text: Path, world: int = 1, code: str = "") -> list["Child"]:
-        """The ranks of a script, as torchrun starts them."""
+    def start(self, words, text: Path, world: int = 1, code: str = "", out: Path | None = None) -> list["Child"]:
+        """The ranks of a script, as torchrun starts them; out: where standard output goes, if not to `text` too."""
         port, children = str(free_port()), []
         for rank in range(world):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
             env = {k: str(v) for k, v in ranks.items()} | {"MASTER_PORT": port} if world > 1 else {}
-            pid = self.ask(words=[str(w) for w in words], text=f"{text}.{rank}", env=env, code=code)
+            files = {"text": f"{text}.{rank}", "out": str(out or f"{text}.{rank}")}
+            pid = self.ask(words=[str(w) for w in words], env=env, code=code, **files)
             children.append(Child(self, int(pid), Path(f"{text}.{rank}")))
         return children
 

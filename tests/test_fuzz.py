@@ -10,10 +10,11 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 from corpus import CASES, READERS, REFUSED, outcome, planted
+from test_faults import zygote  # noqa: F401
 
 CORE = [case for i, case in enumerate(CASES) if case.fault == "nothing" or i % 8 == 0]  # of every reader, for CI
 PARTS = 4
-# one or two of each script as a user runs it: the first three in CI
+# one or two of each script in a process of its own, the first three as a user starts it
 COMMANDS = [
     "t.csv: a cell too many in every row", "checkpoint: a tensor missing", "prepare_retclip.py: UTF-16",
     "packed.npy: a named pipe",
@@ -64,20 +65,37 @@ def test_bad_input_all(part, tmp_path):
     assert not found, "\n".join([f"{len(found)} of {len(cases)}", *found])
 
 
-@pytest.mark.parametrize(
-    "name", [*COMMANDS[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS[3:])]
-)
-def test_a_command_ends_with_one_line(name, tmp_path):
-    case = next(case for case in CASES if case.name == name)
-    folder = tmp_path / "case"
-    folder.mkdir()
-    path = planted(case, folder)
-    result = subprocess.run(
-        [sys.executable, *map(str, READERS[case.reader].command(path))], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-    assert case.allowed == REFUSED and result.returncode == 2, (result.returncode, result.stderr[-2000:])
-    said = [line for line in result.stderr.splitlines() if not re.match(LOG, line)]
-    assert len(said) == 1 and said[0].startswith("error: ") and "Traceback" not in result.stdout, result.stderr
-    assert case.reader in MET_LATER or result.stderr.startswith("error: "), result.stderr
+def check_command(case, folder, code: int, out: str, text: str) -> None:
+    assert case.allowed == REFUSED and code == 2, (code, text[-2000:])
+    said = [line for line in text.splitlines() if not re.match(LOG, line)]
+    assert len(said) == 1 and said[0].startswith("error: ") and "Traceback" not in out, text
+    assert case.reader in MET_LATER or text.startswith("error: "), text
     assert not (folder / "owned").exists()
+
+
+@pytest.fixture
+def planted_in(tmp_path):
+    """planted_in(name of a case) -> the case, its folder, and the command that reads it."""
+
+    def plant(name: str):
+        case, folder = next(case for case in CASES if case.name == name), tmp_path / "case"
+        folder.mkdir()
+        return case, folder, [str(word) for word in READERS[case.reader].command(planted(case, folder))]
+
+    return plant
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_ends_with_one_line(name, planted_in, zygote, tmp_path):  # noqa: F811
+    case, folder, words = planted_in(name)
+    child = zygote.start(words, tmp_path / "text", out=tmp_path / "out")[0]
+    code = child.wait()
+    check_command(case, folder, code, (tmp_path / "out").read_text(), child.text)
+
+
+@pytest.mark.parametrize("name", COMMANDS[:3])
+def test_a_command_of_a_user_ends_with_one_line(name, planted_in):
+    case, folder, words = planted_in(name)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True, env=env, timeout=300)
+    check_command(case, folder, done.returncode, done.stdout, done.stderr)
