@@ -119,7 +119,14 @@ def test_first_table_lists_the_training_scripts():
     table = README.split("## Install")[0]
     trained = {path.name for path in ROOT.glob("*.py") if "\ndef train(" in path.read_text()}
     assert set(re.findall(r"^\| `(\w+\.py)`", table, re.M)) == trained
-    assert set(re.findall(r"`(\w+\.py)`", table)) == {f"{name}.py" for name in SCRIPTS}
+    assert set(re.findall(r"`(\w+\.py)`", table)) <= {f"{name}.py" for name in SCRIPTS}
+
+
+def test_links_lead_to_headings():
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE), re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(links) > 10 and set(links) <= anchors
 
 
 def test_requirements_hold_every_import():
