@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -2804,7 +2805,11 @@ def lock_folder(folder: Path):
     """Keep other runs out of a folder until the returned file is closed, or the process ends; else UserError."""
     try:
         lock = (folder / ".lock").open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            gc.collect()  # the frames of a run that failed in this process may hold it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise UserError(f"{folder}: another run is writing here (choose another --output-dir)") from e
     except OSError as e:
