@@ -300,10 +300,12 @@ def test_killed_at_random_moments_ends_equal(script, zygote, whole, tmp_path, wo
 def refused_beside(script, out, capsys, children) -> None:
     """A second job in the folder of a run that goes on, whether it wants to continue it or to begin anew."""
     until(lambda: reached(children[0].text, 1), children, out)
+    children[0].send(signal.SIGSTOP)  # or it might end before the second has begun
     for more in (["--resume", "auto"], ["--overwrite"]):
         assert script.call(out, "--max-steps", 99, *more) == 2
         assert "another run is writing here" in said(capsys)
         injected()
+    children[0].send(signal.SIGCONT)
 
 
 def test_one_script_killed_and_continued(request, zygote, whole, tmp_path, capsys):
