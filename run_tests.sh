@@ -16,4 +16,4 @@ if [[ ${1:-} == --all ]]; then
 fi
 "$PYTHON" -m ruff check .
 export OMP_NUM_THREADS=1 # one test process a core is faster than one process with two threads
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile -m "$markers" "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$markers" "$@"
