@@ -267,7 +267,8 @@ class Config(argparse.Namespace):
 
     def __init__(self, **given):
         super().__init__(**given)
-        vars(self).update({name: value for name, value in given.items() if name == "image_size"})  # for any model
+        if "image_size" in given:  # as it is given, whatever the model
+            vars(self)["image_size"] = given["image_size"]
 
     def __getattr__(self, name):
         if name not in Config.names:
